@@ -1,0 +1,893 @@
+"""StableDRL in one file: reinforcement learning for diffusion language models that does not collapse.
+
+This file is the complete algorithm of *Stabilizing Reinforcement Learning for Diffusion Language Models* (Zhong et al.,
+arXiv 2603.06743), small enough to read in an hour and to run on a laptop. It trains a block-diffusion transformer on
+toy arithmetic, where the likelihood that no large diffusion model can compute is computed exactly: so the noise that
+the paper reasons about can be measured, and removed. Importing the file does nothing; every function can be used alone.
+
+Why GRPO breaks on a diffusion model, in five lines:
+  1. A diffusion language model writes its tokens in any order, so log π(completion) is a sum over orders: intractable.
+     It is replaced by a Monte-Carlo *estimate* L̂, and the importance ratio ρ = π_θ/π_old by ρ̂ = exp(L̂_θ − L̂_old).
+  2. exp turns symmetric noise in L̂ into a long tail: a rollout whose true ratio is 1 gets ρ̂ = 50, or 100,000.
+  3. GRPO's clip is conditional. Where A < 0 and ρ̂ > 1+ε it does not bind: the noise multiplies the gradient, unbounded.
+  4. One such spike moves the policy far; now log π_θ − log π_old is larger, and noisier; the next spike is larger.
+  5. The reward collapses. StableDRL (§6) clips every ratio, and divides by their sum: no rollout can dominate an update.
+
+How to read it: §6 is the paper. §2, §3 and §5 say where the noisy ratio comes from. The rest is what makes it run.
+  §1 Transformer                 §4 Rollout              §7 Diagnostics
+  §2 Masks                       §5 The exact answers    §8 Training
+  §3 Forward process and ELBO    §6 The two losses       §9 Command line
+
+Notation: the paper's symbol, the name here, its shape.
+  q      prompts       (N, P)      rows are group-major: rows i·G .. (i+1)·G−1 share one prompt
+  y      completions   (N, L)      L tokens in L/B blocks
+  B      block_size                tokens of one block are denoised together; P and L are multiples of B
+  K      copies, --mc              Monte-Carlo samples (noisy copies of y) behind one estimate L̂
+  m      m                         masked tokens of one block of one noisy copy, 1 .. B
+  G      group_size                completions per prompt; N is a multiple of G
+  L̂_θ    log_prob      (N,)        an estimate of log π_θ(y|q) in nats, summed over the tokens
+  log ρ̂  log_ratio     (N,)        L̂_θ − L̂_old
+  A      advantages    (N,)        how much better than its group a completion was
+  ε      clip_eps                  ratios are clipped to [1−ε, 1+ε]
+  μ      mu                        optimiser steps ("updates") that reuse one batch of rollouts
+
+Simplified vs the paper:
+  * A 0.1 M-parameter model and a toy task instead of 8 B parameters and GSM8K, MATH, Countdown, Sudoku.
+  * L̂ is the plain block-wise ELBO for either sign of A. The authors' release mixes in an upper bound where A < 0, and
+    averages over tokens where this file sums; it also implements no block diffusion, so §2 follows the paper alone.
+  * Advantages are divided by the group's standard deviation, as in GRPO; the release only subtracts the mean.
+  * The clip is two-sided as in the paper. For ε ≥ 1, such as the default 5, only its upper end can bind.
+  * Completions have one fixed length, and the filler "." is a token like any other: the likelihood covers exactly what
+    the sampler chose, and no padding mask exists anywhere.
+  * No KL penalty, no dropout, no mixed precision: nothing between the method and what you see.
+
+  python stabledrl.py                                       the main job: GRPO collapses, StableDRL learns; HEADLINE_MINUTES
+  python stabledrl.py --loss stabledrl --updates 4000       one policy, further
+  pytest                                                    every claim in this file as a test; under a minute
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from toy_tasks import TASKS, decode, encode
+
+# ======================================================================================================================
+# §1  Transformer
+#
+# What it teaches: nothing in here is diffusion. This is a plain pre-norm transformer, to which somebody hands the
+# positions and the attention mask. With a causal mask it would be a GPT; with the masks of §2 it is a block-diffusion
+# model. Only two details matter later: a token's position is given, not counted, so that a noisy copy can sit at the
+# positions of its original; and [MASK] has an embedding but no output, so it can be read and never written.
+# ======================================================================================================================
+
+
+def rotate(x, turns):
+    """Rotary position embedding (Su et al. 2021): neighbouring features of x (N,S,..,D) are the two parts of a complex
+    number, multiplied by `turns` (S,..,D/2), which has length 1 and an angle that grows with the position."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                              # (N, S, .., D/2)
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of S tokens over those that `mask` allows, and over what `cache` already holds."""
+
+    def __init__(self, d_model, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x, turns, mask, cache=None):
+        N, S, d_model = x.shape
+        qkv = self.qkv(x).view(N, S, 3, self.n_head, -1)                                         # (N, S, 3, H, D)
+        q, k = rotate(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4)                               # each (N, H, S, D)
+        v = qkv[:, :, 2].transpose(1, 2)                                                         # (N, H, S, D)
+        if cache is not None:                       # (2, N, H, T_max, D); these S tokens are the last of the T in mask
+            T = mask.shape[1]
+            cache[:, :, :, T - S : T] = torch.stack((k, v))
+            k, v = cache[:, :, :, :T]                                                            # each (N, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                              # (N, H, S, D)
+        return self.out(y.transpose(1, 2).reshape(N, S, d_model))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: add what attention reads, then add what the MLP makes of it."""
+
+    def __init__(self, d_model, n_head):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d_model, bias=False), nn.LayerNorm(d_model, bias=False)
+        self.attention = Attention(d_model, n_head)
+        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.ReLU(), nn.Linear(4 * d_model, d_model))
+
+    def forward(self, x, turns, mask, cache=None):
+        x = x + self.attention(self.norm1(x), turns, mask, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class BlockDiffusionTransformer(nn.Module):
+    """Predicts every token at its own place (no shift by one) from whatever the mask lets it see.
+
+    vocab_size counts [MASK], which is the last id, `mask_id`. d_model / n_head must be an even integer.
+    """
+
+    def __init__(self, vocab_size, d_model=64, n_layer=2, n_head=4):
+        super().__init__()
+        self.mask_id = vocab_size - 1
+        self.n_head, self.head_dim = n_head, d_model // n_head
+        self.embed = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, n_head) for _ in range(n_layer))
+        self.norm = nn.LayerNorm(d_model, bias=False)
+        self.head = nn.Linear(d_model, vocab_size - 1, bias=False)                               # no row for [MASK]
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, tokens, positions, mask, cache=None):
+        """tokens (N,S) long, positions (S,) long, mask (S,S) bool, True = may attend -> logits (N,S,vocab_size).
+
+        With a cache from `new_cache`, mask is (S,T): the S tokens are the last of T; the T−S before them are in the
+        cache, and theirs are written to it. Calling again with the same tokens, changed, overwrites them (§4).
+        """
+        frequencies = 10_000.0 ** -torch.arange(0, 1, 2 / self.head_dim, device=tokens.device)   # (D/2,)
+        turns = torch.exp(1j * positions[:, None] * frequencies)[:, None, None]                  # (S, 1, 1, D/2)
+        x = self.embed(tokens)                                                                   # (N, S, d_model)
+        for i, block in enumerate(self.blocks):
+            x = block(x, turns, mask, None if cache is None else cache[i])
+        return F.pad(self.head(self.norm(x)).float(), (0, 1), value=-math.inf)                   # (N, S, vocab_size)
+
+    def new_cache(self, num_seqs, length):
+        """Room for the keys and values of `length` tokens in every layer, to be filled by `forward`."""
+        return self.embed.weight.new_zeros(len(self.blocks), 2, num_seqs, self.n_head, length, self.head_dim)
+
+
+# ======================================================================================================================
+# §2  Masks
+#
+# What it teaches: how one pass scores every block, each given its true history, without any block seeing its answer.
+#
+# To score block b, the model must read the clean tokens before b, and a noisy version of b. Done naively that is one
+# pass per block. The staircase does all of them at once: the sequence is laid out twice, clean and noisy. The clean half
+# supplies histories; the noisy half asks the questions. A noisy token may look at clean blocks *strictly before* its own:
+# with >= in place of that one >, it would read its own answer, the loss would fall to zero, and nothing would be learned.
+# K noisy copies with different masks share the one clean half, so K Monte-Carlo samples cost one pass as well.
+# ======================================================================================================================
+
+
+def block_causal_mask(length, block_size, device=None):
+    """(length, length) bool, True = row may attend to column: everything in the own block and in blocks before it.
+
+    This is the mask under which a finished sequence is read, and under which completions are sampled (§4). For
+    length 6 and block_size 2 (rows look, columns are looked at, # = may attend):
+
+        # # . . . .
+        # # . . . .
+        # # # # . .
+        # # # # . .
+        # # # # # #
+        # # # # # #
+    """
+    block = torch.arange(length, device=device) // block_size                                    # (length,)
+    return block[:, None] >= block[None, :]
+
+
+def staircase_positions(prompt_len, completion_len, copies=1, device=None):
+    """(S,) long, S = P + L + copies·L: every noisy copy reuses the positions P .. P+L−1 of the tokens that it hides."""
+    clean = torch.arange(prompt_len + completion_len, device=device)                             # (P + L,)
+    return torch.cat((clean, clean[prompt_len:].repeat(copies)))
+
+
+def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None):
+    """(S, S) bool, True = row may attend to column, for [prompt | clean completion | noisy copy 1 | .. | noisy copy K].
+
+    Source: the paper's staircase attention, the same algebra as the mask of BD3-LM (Arriola et al. 2025), with a
+    prompt that is never noised and never copied. AssertionError if P or L is not a multiple of B: then training and
+    sampling would cut the sequence into different blocks. For P = 2, L = 4, B = 2, K = 2:
+
+                      prompt  clean     copy 1    copy 2
+        prompt          # #   . . . .   . . . .   . . . .
+                        # #   . . . .   . . . .   . . . .
+        clean           # #   # # . .   . . . .   . . . .
+                        # #   # # . .   . . . .   . . . .
+                        # #   # # # #   . . . .   . . . .
+                        # #   # # # #   . . . .   . . . .
+        copy 1          # #   . . . .   # # . .   . . . .
+                        # #   . . . .   # # . .   . . . .
+                        # #   # # . .   . . # #   . . . .
+                        # #   # # . .   . . # #   . . . .
+        copy 2          # #   . . . .   . . . .   # # . .
+                        # #   . . . .   . . . .   # # . .
+                        # #   # # . .   . . . .   . . # #
+                        # #   # # . .   . . . .   . . # #
+    """
+    P, L, B = prompt_len, completion_len, block_size
+    assert P % B == 0 and L % B == 0, f"prompt_len {P} and completion_len {L} must be multiples of block_size {B}"
+    block = staircase_positions(P, L, copies, device) // B                                       # (S,)
+    stream = (torch.arange(P + L + copies * L, device=device) - P) // L                          # (S,) prompt < 0, clean 0
+    stream = stream.clamp(min=0)                                                                 # (S,) clean 0, copies 1..K
+    from_block, to_block = block[:, None], block[None, :]
+    from_stream, to_stream = stream[:, None], stream[None, :]
+
+    clean_to_clean = (from_stream == 0) & (to_stream == 0) & (from_block >= to_block)
+    noisy_to_clean = (from_stream > 0) & (to_stream == 0) & (from_block > to_block)              # the one that must be >
+    noisy_to_own_block = (from_stream > 0) & (from_stream == to_stream) & (from_block == to_block)
+    return clean_to_clean | noisy_to_clean | noisy_to_own_block
+
+
+# ======================================================================================================================
+# §3  Forward process and ELBO
+#
+# What it teaches: the noise, and the one number that is both the pretraining loss and the policy's likelihood estimate.
+#
+# Noise means hiding: in every block, draw a count m uniformly from 1..B, and replace m random tokens by [MASK]. The
+# model is asked for the hidden ones. Why does that bound a likelihood? Let the model write a block token by token in a
+# random order. Then −log π = −log mean over orders ∏ p ≤ −mean over orders Σ log p (Jensen), and the right-hand side needs
+# no orders at all: a random step of a random order hides a random set of m tokens, m uniform, and reveals one of them.
+# There are B steps, and the average of log p over the m candidates is a sum divided by m. Hence the weight B/m:
+#
+#     ELBO(y) = E_masks  Σ_blocks  B/m · Σ_i 1[y_i masked] · log p_θ(y_i | noisy block, clean history)   ≤   log π_θ(y)
+#
+# Pretraining maximises it over data. RL uses a sample of it, with K draws of the masks, as L̂. Same line, two jobs.
+# ======================================================================================================================
+
+
+def sample_masks(num_seqs, copies, completion_len, block_size, generator):
+    """(N,K,L) bool, True = hidden, on the generator's device: per block a count m ~ U{1..B}, then m random positions."""
+    shape, device = (num_seqs, copies, completion_len // block_size), generator.device
+    m = torch.randint(1, block_size + 1, (*shape, 1), generator=generator, device=device)        # (N, K, L/B, 1)
+    noise = torch.rand(*shape, block_size, generator=generator, device=device)                   # (N, K, L/B, B)
+    rank = noise.argsort(-1).argsort(-1)                                                         # a permutation of 0..B−1
+    return (rank < m).flatten(-2)                                                                # (N, K, L)
+
+
+def token_log_probs(model, prompts, completions, masks, block_size):
+    """log p(y_i | its noisy copy) for every position, hidden or not: prompts (N,P), completions (N,L), masks (N,K,L)
+    bool -> (N,K,L) float. One pass over [prompt | completion | K noisy copies] under the staircase mask."""
+    (N, K, L), P = masks.shape, prompts.shape[1]
+    noisy = torch.where(masks, model.mask_id, completions[:, None])                              # (N, K, L)
+    tokens = torch.cat((prompts, completions, noisy.flatten(1)), dim=1)                          # (N, P + L + K·L)
+    positions = staircase_positions(P, L, K, tokens.device)
+    mask = staircase_mask(P, L, block_size, K, tokens.device)
+    log_p = model(tokens, positions, mask)[:, P + L :].log_softmax(-1).view(N, K, L, -1)         # (N, K, L, vocab)
+    answers = completions[:, None, :, None].expand(N, K, L, 1)
+    return log_p.gather(-1, answers).squeeze(-1)                                                 # (N, K, L)
+
+
+def elbo(model, prompts, completions, masks, block_size):
+    """L̂: the Monte-Carlo ELBO of log π(completion | prompt) in nats, from masks (N,K,L) -> (N,). Unbiased for
+    `exact_elbo` if the masks come from `sample_masks`. Every block of every copy must have a hidden token (m ≥ 1)."""
+    log_p = token_log_probs(model, prompts, completions, masks, block_size)                      # (N, K, L)
+    log_p, hidden = (x.unflatten(-1, (-1, block_size)) for x in (log_p, masks))                  # (N, K, L/B, B)
+    m = hidden.sum(-1, keepdim=True)                                                             # (N, K, L/B, 1)
+    per_copy = (block_size / m * hidden * log_p).sum((-2, -1))                                   # (N, K)
+    return per_copy.mean(-1)
+
+
+def pretraining_loss(model, prompts, completions, masks, block_size):
+    """Negative ELBO in nats per token, averaged over the batch -> scalar."""
+    return -elbo(model, prompts, completions, masks, block_size).mean() / completions.shape[1]
+
+
+# ======================================================================================================================
+# §4  Rollout
+#
+# What it teaches: sampling, and which of its choices have a probability that somebody can compute.
+#
+# Blocks are written left to right. Inside a block one token is revealed per step, and the model looks again after each.
+# order="random" picks the place by a fair die that does not depend on the model: then π(y) is a plain mixture over
+# orders, and §5 computes it exactly. This is the policy that RL trains. order="confidence" picks the place where the
+# model is surest. It answers better, but the place now depends on all the probabilities, and the likelihood of y under
+# *that* policy is another, harder sum: so it is used for evaluation only.
+# ======================================================================================================================
+
+
+@torch.no_grad()
+def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random", generator=None):
+    """Complete prompts (N,P) -> (N,L) long. order "random" or "confidence"; temperature 0 takes the likeliest token.
+
+    KV-cached: a finished block is read once, in the pass that makes the first step of the next block. ValueError for
+    another order or a negative temperature; AssertionError if P or L is not a multiple of B. The likelihoods of §3 and
+    §5 are those of order="random" and temperature=1.
+    """
+    (N, P), L, B, device = prompts.shape, completion_len, block_size, prompts.device
+    assert P % B == 0 and L % B == 0, f"prompt_len {P} and completion_len {L} must be multiples of block_size {B}"
+    if order not in ("random", "confidence") or not temperature >= 0:
+        raise ValueError(f"order {order!r} must be 'random' or 'confidence', and temperature {temperature} at least 0")
+    tokens = torch.cat((prompts, prompts.new_full((N, L), model.mask_id)), dim=1)                # (N, P + L)
+    positions = torch.arange(P + L, device=device)
+    may_attend = block_causal_mask(P + L, B, device)
+    cache = model.new_cache(N, P + L)
+    rows = torch.arange(N, device=device)
+    known = 0                                                         # the cache holds tokens[:, :known] for good
+    for start in range(P, P + L, B):
+        end = start + B
+        dice = torch.rand(N, B, generator=generator, device=device)                              # (N, B)
+        for step in range(B):
+            logits = model(tokens[:, known:end], positions[known:end], may_attend[known:end, :end], cache)[:, -B:]
+            known = start
+            probs = (logits / (temperature or 1.0)).softmax(-1)                                  # (N, B, vocab)
+            score = dice if order == "random" else probs.amax(-1)
+            hidden = tokens[:, start:end] == model.mask_id
+            place = score.masked_fill(~hidden, -1.0).argmax(-1)                                  # (N,)
+            probs = probs[rows, place]                                                           # (N, vocab)
+            token = torch.multinomial(probs, 1, generator=generator)[:, 0] if temperature else probs.argmax(-1)
+            tokens[rows, start + place] = token
+    return tokens[:, P:]
+
+
+# ======================================================================================================================
+# §5  The exact answers
+#
+# What it teaches: what L̂ is an estimate *of*, what the truth costs, and how much noise exp makes of the difference.
+#
+# A block of B tokens has only 2^B − 1 ways to hide something. For B = 2 that is 3: give each way its own noisy copy, and
+# one pass holds every conditional that the model can be asked for. A weighted sum of them is the ELBO without noise; a
+# sum over the paths from "all hidden" to "none hidden" is log π itself. Real models use B = 32: 4 billion copies.
+#
+# So there are four numbers for one completion. ELBO ≤ log π is a *bias*, much the same before and after an update, and
+# nearly cancels in L̂_θ − L̂_old. The Monte-Carlo *noise* does not cancel: if each L̂ has a standard deviation of 1 nat,
+# the difference of two independent ones has 1.4, and ρ̂ = exp(1.4·z) passes 50 at z = 2.8: one rollout in 400, every
+# update, while the true ratio stays close to 1. (With the *same* masks in both, most of the noise cancels too:
+# --masks shared. And mean_field, which hides everything, has none; but it is the likelihood of another policy.)
+# ======================================================================================================================
+
+
+def mean_field(model, prompts, completions, block_size):
+    """The one-step proxy (N,): every block fully hidden, all its tokens scored at once, as if they were independent.
+    No noise, but a bias that training can widen: this is the log-likelihood of a sampler that nobody runs."""
+    everything = torch.ones_like(completions, dtype=torch.bool)[:, None]                         # (N, 1, L)
+    return token_log_probs(model, prompts, completions, everything, block_size).sum((-2, -1))
+
+
+def every_pattern(model, prompts, completions, block_size):
+    """log p under every way to hide a part of a block: (2^B−1, B) bool patterns, (N, 2^B−1, L/B, B) log p.
+    Pattern number s−1 hides the places that are the 1-bits of s; all blocks use it at once, in a copy of its own."""
+    (N, L), B, device = completions.shape, block_size, completions.device
+    s = torch.arange(1, 2**B, device=device)
+    patterns = (s[:, None] >> torch.arange(B, device=device)) & 1 == 1                           # (2^B−1, B)
+    masks = patterns.repeat(1, L // B).expand(N, -1, -1)                                         # (N, 2^B−1, L)
+    return patterns, token_log_probs(model, prompts, completions, masks, B).unflatten(-1, (-1, B))
+
+
+def exact_elbo(model, prompts, completions, block_size):
+    """The expectation of `elbo` over `sample_masks` (N,): each pattern with its probability, one pass, no noise."""
+    patterns, log_p = every_pattern(model, prompts, completions, block_size)
+    m = patterns.sum(-1, keepdim=True)                                                           # (2^B−1, 1)
+    ways = torch.tensor([math.comb(block_size, i) for i in range(block_size + 1)], device=m.device)[m]
+    probability = 1 / (block_size * ways)               # a count of B, then one of the C(B, m) patterns with that count
+    weight = probability * (block_size / m) * patterns                                           # (2^B−1, B)
+    return (weight[:, None] * log_p).sum((1, 2, 3))
+
+
+def exact_log_likelihood(model, prompts, completions, block_size):
+    """log π(completion | prompt) of `generate` with order="random", temperature=1, in nats (N,). At least `exact_elbo`.
+
+    Per block, reach[h] is the probability that the sampler, on its way, has exactly the set h still hidden and the
+    rest right. It gets there from every set with one token more, by picking that token (1/size) and writing it (p):
+        reach[h] = Σ_{i not in h}  reach[h + i] · p(y_i | h + i hidden) / |h + i|          reach[all] = 1,  π = reach[∅]
+    B·2^(B−1) additions where a sum over orders has B! terms. Sets are written as the 1-bits of an integer.
+    """
+    _, log_p = every_pattern(model, prompts, completions, block_size)                            # (N, 2^B−1, L/B, B)
+    everything = 2**block_size - 1
+    log_reach = {everything: torch.zeros_like(log_p[:, 0, :, 0])}                                # (N, L/B) each
+    for hidden in range(everything - 1, -1, -1):                      # a set with one bit more is a larger number
+        paths = []
+        for i in range(block_size):
+            before = hidden | 1 << i
+            if before != hidden:
+                paths.append(log_reach[before] + log_p[:, before - 1, :, i] - math.log(before.bit_count()))
+        log_reach[hidden] = torch.stack(paths).logsumexp(0)
+    return log_reach[0].sum(-1)
+
+
+MAX_EXACT_BLOCK = 8  # 255 copies: above this, --estimator exact is refused, and the noise is not measured
+
+# What --estimator means: name -> function(model, prompts, completions, masks, block_size) -> (N,). Add yours here.
+ESTIMATORS = {
+    "elbo": elbo,
+    "mean_field": lambda model, prompts, completions, masks, block_size: mean_field(model, prompts, completions, block_size),
+    "exact": lambda model, prompts, completions, masks, block_size: exact_log_likelihood(model, prompts, completions, block_size),
+}
+
+
+# ======================================================================================================================
+# §6  The two losses
+#
+# What it teaches: the quadrant that GRPO leaves open, and the two lines that close it.
+#
+# GRPO minimises −mean min(ρ̂A, clip(ρ̂)A). Its gradient is −A·ρ̂·∇L̂_θ where the first term is the smaller one, and 0
+# where the clipped one is. So what multiplies A·∇L̂_θ?
+#
+#                      A > 0 (make it likelier)        A < 0 (make it less likely)
+#     ρ̂ < 1−ε          ρ̂       small                   0       it has gone far enough down
+#     in between       ρ̂       the policy gradient     ρ̂       the policy gradient
+#     ρ̂ > 1+ε          0       it has gone far up      ρ̂       WITHOUT BOUND
+#
+# The last cell is meant well: a bad completion that has become likelier must be pulled back hard. That is right for an
+# exact ratio, which is rarely far from 1. It is fatal for an estimate, where ρ̂ = 1,000 says nothing but that the noise was
+# 6.9 nats: then one rollout has 1,000 times the weight of the others. (Clipping the gradient's norm does not help: it
+# scales the step down, and leaves that one rollout all of its direction.)
+#
+# StableDRL changes two things, per group of G completions of one prompt:
+#     unconditional clip     w_j = clip(ρ̂_j, 1−ε, 1+ε), whatever the sign of A: at most 1+ε, whatever the noise
+#     self-normalisation     ∇J = Σ_j w_j A_j g_j / Σ_i w_i  with g_j = ∇L̂_θ(y_j): a weighted mean of the A_j·g_j. It lies in
+#                            their convex hull, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are
+# The weights are constants for the gradient (detached): a weight says how much a sample counts, not where to go.
+# At ρ̂ = 1 both losses have the same gradient, −mean A·∇L̂_θ: the plain policy gradient. Their *values* mean nothing.
+# ======================================================================================================================
+
+
+def group_advantages(rewards, group_size):
+    """Rewards (N,), group-major -> advantages (N,): minus the group's mean, over its standard deviation (GRPO).
+    A group whose rewards are all equal has nothing to prefer, and gets exact zeros."""
+    groups = rewards.view(-1, group_size)                                                        # (N/G, G)
+    groups = groups - groups[:, :1]                   # first, so that equal rewards cancel exactly and not to 1e-8
+    centred = groups - groups.mean(-1, keepdim=True)
+    return (centred / (groups.std(-1, correction=0, keepdim=True) + 1e-6)).flatten()
+
+
+def grpo_loss(log_ratio, advantages, clip_eps):
+    """GRPO: (N,), (N,) -> scalar. The clip binds only where it lowers the objective; the divisor is the fixed N.
+    In float64, where a ratio overflows at e^709 and not at e^88."""
+    ratio = log_ratio.double().exp()
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    per_sequence = torch.minimum(ratio * advantages, clipped * advantages)
+    return -per_sequence.mean()
+
+
+def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
+    """StableDRL: (N,), (N,) -> scalar. The clip always binds; the divisor is the sum of the clipped ratios of the group.
+    Softmax of clipped logs = clipped ratios over their sum, with nothing that can overflow; mean over the groups."""
+    log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
+    clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))
+    weights = clipped.view(-1, group_size).softmax(-1).flatten()                                 # (N,) sum to 1 per group
+    per_sequence = weights * advantages * log_ratio
+    return -per_sequence.view(-1, group_size).sum(-1).mean()
+
+
+# What --loss means: name -> (function(log_ratio, advantages, clip_eps, group_size), default clip_eps). Add yours here.
+LOSSES = {
+    "grpo": (lambda log_ratio, advantages, clip_eps, group_size: grpo_loss(log_ratio, advantages, clip_eps), 0.2),
+    "stabledrl": (stabledrl_loss, 5.0),
+}
+
+
+# ======================================================================================================================
+# §7  Diagnostics
+#
+# What it teaches: what to watch before the reward falls. The largest ratio shows a spike in the very update in which it
+# happens. The effective sample size says how many of the G completions an update really listens to. And the noise, the
+# estimate minus the truth, is what only a toy can show: here it is measured, in nats, against the exact likelihood.
+# ======================================================================================================================
+
+
+def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
+    """log_ratio (N,) -> dict of floats, all about the ratios before any clipping:
+
+    ratio_max      the largest ρ̂ of the batch
+    clip_fraction  the share of ρ̂ outside [1−ε, 1+ε]
+    ess            (Σρ̂)² / Σρ̂² of a group, averaged over groups: G if all count alike, 1 if one has all the weight
+    noise_std      standard deviation of log ρ̂ − log ρ in nats; only if true_log_ratio (N,) is given
+    """
+    log_ratio = log_ratio.detach().double()
+    ratio = log_ratio.exp()
+    share = log_ratio.view(-1, group_size).softmax(-1)                                           # (N/G, G)
+    values = {
+        "ratio_max": ratio.max(),
+        "clip_fraction": ((ratio < 1 - clip_eps) | (ratio > 1 + clip_eps)).double().mean(),
+        "ess": (1 / share.square().sum(-1)).mean(),
+    }
+    if true_log_ratio is not None:
+        values["noise_std"] = (log_ratio - true_log_ratio.detach()).std(correction=0)
+    return dict(zip(values, torch.stack(list(values.values())).tolist()))
+
+
+# ======================================================================================================================
+# §8  Training
+#
+# What it teaches: where old and new policy part. Completions are sampled, judged, and used for μ optimiser steps. At the
+# first step θ = θ_old and every true ratio is 1; at the later ones it is not, and ρ corrects for it. The *estimate* ρ̂ is
+# noisy from the first step on, since L̂_old and L̂_θ draw their masks independently (--masks independent, as in the
+# paper's analysis). `config` is the flat dataclass of §9. All random streams are separate and depend on the seed alone:
+# with one seed, all losses and estimators see the same prompts in the same order.
+# ======================================================================================================================
+
+
+class TrainingFailed(Exception):
+    """Training cannot go on. The message is one line for the user: what happened, where, and what would help."""
+
+
+def run_folder(config):
+    """Where a run keeps its log.jsonl and checkpoint.pt."""
+    return Path(config.out) / f"{config.task}-{config.loss}-{config.estimator}-seed{config.seed}"
+
+
+class Rollouts(NamedTuple):
+    """N = prompts × group_size completions, and all that stays fixed while μ updates learn from them."""
+
+    prompts: torch.Tensor                                             # (N, P) long, group-major
+    completions: torch.Tensor                                         # (N, L) long
+    advantages: torch.Tensor                                          # (N,)
+    reward: float                                                     # mean over the N
+    masks: torch.Tensor                                               # (N, K, L) bool, those of old_log_prob
+    old_log_prob: torch.Tensor                                        # (N,) L̂_old
+    old_truth: torch.Tensor | None                                    # (N,) exact, where the noise will be measured
+
+
+def stream(config, name, device):
+    """A torch.Generator of its own for every purpose: one more draw of masks must not change what is sampled."""
+    seed = np.random.SeedSequence([config.seed, *name.encode()]).generate_state(1)[0]
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def to_tokens(task, texts, device):
+    """Strings of one length -> (N, length) long tensor on the device."""
+    return torch.from_numpy(encode(task, texts)).to(device)
+
+
+def new_model(task, config, device):
+    """An untrained model, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):                           # leaves the global random state as it was
+        torch.manual_seed(config.seed)
+        model = BlockDiffusionTransformer(len(task.vocab) + 1, config.d_model, config.n_layer, config.n_head)
+    return model.to(device)
+
+
+def answer(model, task, prompts, block_size, **sampling):
+    """Complete prompts (list of str) -> tokens (N,P), completions (N,L), rewards (N,) float, completions as strings."""
+    device = next(model.parameters()).device
+    tokens = to_tokens(task, prompts, device)
+    completions = generate(model, tokens, task.completion_len, block_size, **sampling)
+    texts = decode(task, completions.tolist())
+    rewards = torch.tensor([task.reward(p, c) for p, c in zip(prompts, texts)], device=device)
+    return tokens, completions, rewards, texts
+
+
+def accuracy(model, task, block_size, n=500):
+    """Share of `n` held-out prompts, always the same, with full reward under greedy decoding, most confident first."""
+    prompts, _ = task.sample(np.random.default_rng(0), n, "test")
+    rewards = answer(model, task, prompts, block_size, temperature=0.0, order="confidence")[2]
+    return (rewards == 1).float().mean().item()
+
+
+def sampled_reward(model, task, config, n=2000):
+    """Mean reward of one sample for each of `n` training prompts: where the reward of a training curve starts."""
+    prompts, _ = task.sample(np.random.default_rng(0), n, "train")
+    generator = stream(config, "sampled_reward", next(model.parameters()).device)
+    return answer(model, task, prompts, config.block_size, generator=generator)[2].mean().item()
+
+
+def pretrain(task, config, device):
+    """The base policy: maximise the ELBO of right answers, and stop at --base_accuracy, so that RL has work to do.
+    TrainingFailed if --pretrain_updates do not get there."""
+    model = new_model(task, config, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.pretrain_lr, weight_decay=0.0)
+    rng, generator = np.random.default_rng([config.seed, 0]), stream(config, "pretrain", device)
+    with tqdm(total=config.pretrain_updates, desc=f"pretrain seed {config.seed}", leave=False) as bar:
+        for update in range(config.pretrain_updates + 1):
+            if update % 10 == 0:
+                reached = accuracy(model, task, config.block_size)
+                bar.set_postfix_str(f"accuracy {reached:.2f} of {config.base_accuracy:.2f}")
+                if reached >= config.base_accuracy:
+                    return model
+            prompts, answers = (to_tokens(task, texts, device) for texts in task.sample(rng, 256, "train"))
+            masks = sample_masks(256, 1, task.completion_len, config.block_size, generator)
+            loss = pretraining_loss(model, prompts, answers, masks, config.block_size)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.update()
+    raise TrainingFailed(f"pretraining reached accuracy {reached:.2f}, not --base_accuracy {config.base_accuracy}, "
+                         f"in {config.pretrain_updates} updates: raise --pretrain_updates or --pretrain_lr, or ask for less")
+
+
+@torch.no_grad()
+def collect(model, task, config, rng, samples, masks, with_truth):
+    """Sample --prompts × --group_size completions, judge them, and estimate their log-probability -> Rollouts.
+    rng, samples and masks are the random streams of the prompts, of the sampler and of the Monte-Carlo masks."""
+    texts, _ = task.sample(rng, config.prompts, "train")
+    texts = [text for text in texts for _ in range(config.group_size)]                           # group-major
+    prompts, completions, rewards, _ = answer(model, task, texts, config.block_size, generator=samples)
+    hidden = sample_masks(len(texts), config.mc, task.completion_len, config.block_size, masks)
+    return Rollouts(
+        prompts=prompts, completions=completions, reward=rewards.mean().item(), masks=hidden,
+        advantages=group_advantages(rewards, config.group_size),
+        old_log_prob=ESTIMATORS[config.estimator](model, prompts, completions, hidden, config.block_size),
+        old_truth=exact_log_likelihood(model, prompts, completions, config.block_size) if with_truth else None,
+    )
+
+
+def policy_update(model, optimizer, rollouts, config, masks):
+    """One optimiser step on one batch of rollouts -> dict: the diagnostics of §7, and grad_norm before clipping."""
+    prompts, completions, B = rollouts.prompts, rollouts.completions, config.block_size
+    hidden = rollouts.masks if config.masks == "shared" else sample_masks(*rollouts.masks.shape, B, masks)
+    log_prob = ESTIMATORS[config.estimator](model, prompts, completions, hidden, B)              # (N,) L̂_θ
+    log_ratio = log_prob - rollouts.old_log_prob
+    truth = None
+    if rollouts.old_truth is not None:
+        with torch.no_grad():
+            truth = exact_log_likelihood(model, prompts, completions, B) - rollouts.old_truth    # (N,) log ρ
+
+    loss = LOSSES[config.loss][0](log_ratio, rollouts.advantages, config.clip_eps, config.group_size)
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf).item()
+    if not math.isfinite(grad_norm):
+        raise TrainingFailed(f"the gradient is {grad_norm}; the largest log-ratio is {log_ratio.max().item():.4g}")
+    optimizer.step()
+    return {"grad_norm": grad_norm, **ratio_diagnostics(log_ratio, config.clip_eps, config.group_size, truth)}
+
+
+def log_row(update, recent, seconds):
+    """One line of the log, from the values of all updates since the line before (`recent`, a list of dicts): means of
+    reward, grad_norm, ess and clip_fraction, the maximum of ratio_max; noise_std is that of the last update."""
+    mean = {name: sum(values[name] for values in recent) / len(recent) for name in recent[0] if name != "accuracy"}
+    return {"update": update, "reward": mean["reward"], "accuracy": recent[-1]["accuracy"],
+            "ratio_max": max(values["ratio_max"] for values in recent), "grad_norm": mean["grad_norm"], "ess": mean["ess"],
+            "clip_fraction": mean["clip_fraction"], "noise_std": recent[-1].get("noise_std"), "seconds": round(seconds, 2)}
+
+
+def train(base, task, config, device):
+    """Train a copy of the policy `base` (a state dict) by RL -> (model, rows of the log). Writes <run>/log.jsonl, a config
+    line and then a row every --log_every updates, and <run>/checkpoint.pt with each row. TrainingFailed, naming the
+    update, if the gradient stops being finite; the rows until then are in the log."""
+    model = new_model(task, config, device)
+    model.load_state_dict(base)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    rng = np.random.default_rng([config.seed, 1])
+    samples, masks = stream(config, "samples", device), stream(config, "masks", device)
+    folder, rows, recent, start = run_folder(config), [], [], time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.jsonl", "w") as log, tqdm(total=config.updates, desc=folder.name, leave=False) as bar:
+        settings = dataclasses.asdict(config)
+        log.write(json.dumps({name: value for name, value in settings.items() if name != "out"}) + "\n")
+        for update in range(1, config.updates + 1):
+            if (update - 1) % config.mu == 0:                         # θ_old = θ: a fresh batch
+                measure = (update - 1 + config.mu) % config.log_every == 0 and config.block_size <= MAX_EXACT_BLOCK
+                rollouts = collect(model, task, config, rng, samples, masks, with_truth=measure)
+            try:
+                values = policy_update(model, optimizer, rollouts, config, masks)
+            except TrainingFailed as error:
+                raise TrainingFailed(f"{folder.name} stopped at update {update}: {error}; see {folder}") from None
+            recent.append({"reward": rollouts.reward, **values})
+            bar.update()
+            if update % config.log_every == 0:
+                recent[-1]["accuracy"] = accuracy(model, task, config.block_size)
+                rows.append(log_row(update, recent, time.perf_counter() - start))
+                recent = []
+                log.write(json.dumps(rows[-1]) + "\n")
+                log.flush()
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "base": base,
+                            "config": settings, "update": update}, folder / "checkpoint.tmp")
+                os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")      # a crash leaves the last good one
+                bar.set_postfix_str("reward {reward:.2f}, accuracy {accuracy:.2f}, max ratio {ratio_max:.0e}".format(**rows[-1]))
+    return model, rows
+
+
+# ======================================================================================================================
+# §9  Command line
+#
+# What it teaches: every number that the reader may change, once. `Config` becomes the flags and the first line of the log.
+# ======================================================================================================================
+
+HEADLINE = (("grpo", "elbo"), ("grpo", "exact"), ("stabledrl", "elbo"))  # (loss, estimator) of the main job
+
+
+def flag(default, text, choices=None):
+    """A field of Config with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices and sorted(choices)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of one run. On the command line --loss, --estimator and --seed take several values each."""
+
+    task: str = flag("addition", "what to learn", TASKS)
+    loss: str = flag(None, "objective(s) of §6; without --loss and --estimator: the three policies of the main job", LOSSES)
+    estimator: str = flag(None, "estimator(s) of log π, §3 and §5", ESTIMATORS)
+    masks: str = flag("independent", "the Monte-Carlo masks of L̂_old and L̂_θ", ("independent", "shared"))
+    mc: int = flag(2, "K, noisy copies behind one Monte-Carlo estimate")
+    clip_eps: float = flag(None, "ε; default 0.2 for grpo, 5 for stabledrl")
+    seed: int = flag(0, "random seed(s); every seed has a base policy of its own")
+    updates: int = flag(2000, "optimiser steps of RL")
+    lr: float = flag(3e-4, "learning rate of RL")
+    prompts: int = flag(16, "prompts per batch of rollouts")
+    group_size: int = flag(8, "G, completions per prompt")
+    mu: int = flag(2, "μ, updates per batch of rollouts")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm to this; 0 = never")
+    block_size: int = flag(None, "B, tokens denoised together; default: the task's own")
+    d_model: int = flag(64, "width of the transformer")
+    n_layer: int = flag(2, "layers of the transformer")
+    n_head: int = flag(4, "attention heads per layer")
+    base_accuracy: float = flag(0.4, "pretraining stops at this greedy held-out accuracy")
+    pretrain_lr: float = flag(2e-3, "learning rate of pretraining")
+    pretrain_updates: int = flag(2000, "pretraining fails if it needs more updates than this")
+    log_every: int = flag(20, "updates per line of the log, a multiple of μ")
+    device: str = flag("auto", "auto takes cuda where there is one", ("auto", "cpu", "cuda"))
+    out: str = flag("runs", "folder of the run folders, and of the figure of --plot")
+
+
+def problem(config):
+    """What is wrong with a Config, in one line that says what would be right, or None."""
+    c, task = config, TASKS[config.task]
+    for name in ("mc", "updates", "prompts", "mu", "d_model", "n_layer", "n_head", "block_size", "log_every"):
+        if getattr(c, name) < 1:
+            return f"--{name} must be at least 1 (got {getattr(c, name)})"
+    for name in ("clip_eps", "max_grad_norm", "base_accuracy", "pretrain_updates"):
+        if getattr(c, name) < 0:
+            return f"--{name} must not be negative (got {getattr(c, name)})"
+    for name in ("lr", "pretrain_lr"):
+        if getattr(c, name) <= 0:
+            return f"--{name} must be positive (got {getattr(c, name)})"
+    if c.group_size < 2:
+        return f"--group_size must be at least 2: an advantage compares completions of one prompt (got {c.group_size})"
+    if not 0 <= c.seed < 2**32:
+        return f"--seed must be from 0 to {2**32 - 1} (got {c.seed})"
+    if c.d_model % (2 * c.n_head):
+        return f"--d_model must be a multiple of 2 × --n_head, an even number per head (got {c.d_model} and {c.n_head})"
+    if task.prompt_len % c.block_size or task.completion_len % c.block_size:
+        return (f"--block_size must divide the prompt and the completion of {task.name}, {task.prompt_len} and "
+                f"{task.completion_len} tokens (got {c.block_size})")
+    if c.estimator == "exact" and c.block_size > MAX_EXACT_BLOCK:
+        return f"--estimator exact needs 2^B − 1 copies: --block_size at most {MAX_EXACT_BLOCK} (got {c.block_size})"
+    if c.log_every % c.mu or c.updates % c.log_every:
+        return (f"--log_every must be a multiple of --mu, and --updates one of --log_every, so that every row of the log ends "
+                f"with a batch (got {c.log_every}, {c.mu} and {c.updates})")
+    if c.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: no CUDA device is available here; use --device cpu"
+    if (run_folder(c) / "log.jsonl").exists():
+        return f"{run_folder(c)} already holds a run: choose another --out, or move that folder away"
+    return None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message):
+        """Print what is wrong; exit status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(text):
+    """A finite float, for argparse."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def parse(argv=None):
+    """Command line -> list of Config, one per run (seeds outermost), all checked. Exits with status 2 on bad input."""
+    parser = Parser(prog="stabledrl.py", allow_abbrev=False, description="RL for a block-diffusion language model: GRPO "
+                    "and StableDRL on a toy task. Without flags: the main job, which shows why one of them collapses.")
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw these run folders to OUT/plot.svg, and do nothing else")
+    for field in dataclasses.fields(Config):
+        several = {"nargs": "+"} if field.name in ("loss", "estimator", "seed") else {}
+        default = "" if field.default is None else f" (default {field.default})"
+        parser.add_argument(f"--{field.name}", type=number if field.type is float else field.type, default=field.default,
+                            choices=field.metadata["choices"], help=(field.metadata["help"] + default).replace("%", "%%"), **several)
+    flags = vars(parser.parse_args(argv))
+    plotted = flags.pop("plot")
+    if plotted:
+        try:
+            plot(plotted, Path(flags["out"]))
+        except (OSError, ValueError, ImportError) as error:
+            parser.error(f"--plot: {error}")
+        parser.exit()
+    losses, estimators, seeds = flags.pop("loss"), flags.pop("estimator"), flags.pop("seed")
+    policies = HEADLINE
+    if losses or estimators:
+        policies = itertools.product(losses or ["stabledrl"], estimators or ["elbo"])
+    if flags["device"] == "auto":
+        flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    flags["block_size"] = flags["block_size"] if flags["block_size"] is not None else TASKS[flags["task"]].block_size
+    configs = []
+    for seed, (loss, estimator) in itertools.product(seeds if isinstance(seeds, list) else [seeds], policies):
+        eps = LOSSES[loss][1] if flags["clip_eps"] is None else flags["clip_eps"]
+        configs.append(Config(**{**flags, "loss": loss, "estimator": estimator, "seed": seed, "clip_eps": eps}))
+        if problem(configs[-1]):
+            parser.error(problem(configs[-1]))
+    if len(set(configs)) < len(configs):
+        parser.error("--loss, --estimator and --seed must not name the same value twice")
+    try:
+        Path(flags["out"]).mkdir(parents=True, exist_ok=True)
+        (Path(flags["out"]) / ".writable").touch()
+        (Path(flags["out"]) / ".writable").unlink()
+    except OSError as error:
+        parser.error(f"--out {flags['out']}: cannot write there ({error.strerror}); choose another folder")
+    return configs
+
+
+def report(results):
+    """[(config, base reward, log rows), ..] of all runs -> the table and the verdict, as lines. Every word is computed."""
+    columns = ("base reward", "last 100 updates", "rise at the end", "accuracy", "largest ratio", "noise (nats)")
+    table = {}
+    for config, base, rows in results:
+        reward, noise = (np.array([row[name] for row in rows], dtype=float) for name in ("reward", "noise_std"))
+        quarter, hundred = max(1, len(rows) // 4), max(1, 100 // config.log_every)
+        table.setdefault(f"{config.loss} / {config.estimator}", []).append((
+            base, reward[-hundred:].mean(), reward[-quarter:].mean() - reward[-2 * quarter :][:quarter].mean(),
+            rows[-1]["accuracy"], max(row["ratio_max"] for row in rows), noise.mean()))
+    lines, words, gain = ["".join(f"{title:>18}" for title in ("policy", *columns))], [], {}
+    for policy, runs in table.items():
+        mean, std = np.mean(runs, axis=0), np.std(runs, axis=0, ddof=1) if len(runs) > 1 else [0.0] * len(columns)
+        cells = [f"{m:.0e}" if title == "largest ratio" else f"{m:.3f} ± {s:.3f}" for title, m, s in zip(columns, mean, std)]
+        lines.append("".join(f"{cell:>18}" for cell in (policy, *cells)))
+        gain[policy] = mean[1] / max(mean[0], 1e-9)
+        outcome = ("collapsed" if gain[policy] < 0.5 else "lost ground" if gain[policy] < 0.9 else
+                   "gained nothing" if gain[policy] < 1.1 else "learned, and was still rising" if mean[2] > 0.01 else "learned")
+        words.append(f"{policy} {outcome}: mean reward {mean[0]:.3f} -> {mean[1]:.3f}, {gain[policy]:.2f} times the base.")
+    noisy, exact = gain.get("grpo / elbo"), gain.get("grpo / exact")
+    if noisy and exact:
+        words.append("So noise is the cause: all else equal, GRPO learns where the ratio is exact." if noisy < 0.9 and exact > 1.1
+                     else "So this run does not show that noise is the cause: compare the two rows of GRPO.")
+    return [*lines, "", *words]
+
+
+def plot(folders, out):
+    """Draw the logs of run folders to out/plot.svg: one line per policy, mean over seeds, and a band of one std."""
+    try:
+        import matplotlib
+        matplotlib.use("svg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ImportError("the figure needs matplotlib: pip install matplotlib") from None
+    matplotlib.rcParams.update({"svg.hashsalt": "stabledrl", "axes.spines.top": False, "axes.spines.right": False})
+    policies = {}
+    for folder in folders:
+        config, *rows = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
+        policies.setdefault(f"{config['loss']} / {config['estimator']}", []).append(rows)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for axis, (name, title) in zip(axes, {"reward": "mean reward of the rollouts", "ratio_max": "largest ratio",
+                                          "noise_std": "noise of log ρ̂ (nats)"}.items()):
+        for (policy, runs), colour, style in zip(policies.items(), ("#D55E00", "#009E73", "#0072B2", "#CC79A7"), ("-", "--", "-", ":")):
+            x = [row["update"] for row in runs[0]]
+            y = np.array([[row[name] for row in rows] for rows in runs], dtype=float)            # (seeds, rows)
+            y = np.log10(y) if name == "ratio_max" else y
+            axis.plot(x, y.mean(0), style, color=colour, label=policy)
+            axis.fill_between(x, y.mean(0) - y.std(0), y.mean(0) + y.std(0), color=colour, alpha=0.2, linewidth=0)
+        axis.set(title=title + (" (log10)" if name == "ratio_max" else ""), xlabel="update")
+    axes[0].legend(frameon=False)
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "plot.svg", metadata={"Date": None})
+
+
+def main(argv=None):
+    """Run what the command line asks for: one base per seed, every policy from it, then table, verdict and answers."""
+    configs = parse(argv)
+    task, device = TASKS[configs[0].task], torch.device(configs[0].device)
+    results, answers = [], []
+    for seed, group in itertools.groupby(configs, key=lambda config: config.seed):
+        group = list(group)
+        base = pretrain(task, group[0], device)
+        reward = sampled_reward(base, task, group[0])
+        print(f"base policy, seed {seed}: accuracy {accuracy(base, task, group[0].block_size):.3f} greedy on held-out prompts, "
+              f"mean reward {reward:.3f} sampled", flush=True)
+        for config in group:
+            model, rows = train(base.state_dict(), task, config, device)
+            print(f"{config.loss} / {config.estimator}, seed {seed}: {config.updates} updates in {rows[-1]['seconds']:.0f} s, "
+                  f"log and checkpoint in {run_folder(config)}", flush=True)
+            results.append((config, reward, rows))
+            prompts, _ = task.sample(np.random.default_rng(0), 5, "test")
+            texts = answer(model, task, prompts, config.block_size, temperature=0.0, order="confidence")[3]
+            answers.append(f"\n{config.loss} / {config.estimator}, seed {seed}, answers to held-out prompts:")
+            answers += [f"  {p}{c}  {task.explain(p, c)}" for p, c in zip(prompts, texts)]
+    print("", *report(results), *answers, sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TrainingFailed as error:
+        sys.exit(f"stabledrl.py: {error}")

@@ -1,0 +1,36 @@
+"""Toy tasks with verifiable rewards. No torch in here: a task is strings, and a judge of strings.
+
+A task is any object with these attributes (`toy_tasks/addition.py` is the example to copy):
+
+    name            what --task calls it
+    vocab           one character per token id; the model adds its [MASK] token behind the last one
+    prompt_len      P, the characters of every prompt        } multiples of block_size: a prompt that ended inside a
+    completion_len  L, the characters of every completion    } block would be trained and sampled under different blocks
+    block_size      B, the characters that are denoised together
+    sample(rng, n, split)       -> n prompts and n reference completions (lists of str); rng is a numpy Generator,
+                                   split is "train" or "test", and no prompt is in both
+    reward(prompt, completion)  -> float in [0, 1], judged from the two strings alone; takes any string, never raises
+    explain(prompt, completion) -> a few words on what is right or wrong with it, for people
+
+To add one: write the module, and put it into TASKS.
+"""
+
+import numpy as np
+
+from . import addition
+
+TASKS = {addition.name: addition}
+
+
+def encode(task, texts):
+    """Strings of one length -> (N, length) int64 array of token ids. A character outside task.vocab is a ValueError."""
+    ids = {character: i for i, character in enumerate(task.vocab)}
+    try:
+        return np.array([[ids[character] for character in text] for text in texts], dtype=np.int64)
+    except KeyError as error:
+        raise ValueError(f"character {error} is not in the vocabulary {task.vocab!r} of task {task.name}") from None
+
+
+def decode(task, tokens):
+    """(N, length) token ids (array, tensor or nested list) -> list of N strings."""
+    return ["".join(task.vocab[int(i)] for i in row) for row in tokens]

@@ -1,0 +1,57 @@
+"""Addition of two numbers below 100:   "12+34=" -> "46.."     "07+95=" -> "102."
+
+Why it looks like this:
+  * operands keep their leading zero: every prompt has 6 characters, so no batch needs padding;
+  * the answer starts at once and is filled up with "." to 4 characters: the dot is an ordinary token that the model
+    must emit, so the likelihood covers exactly what was sampled, and no padding mask exists anywhere;
+  * two characters form a block (B = 2): "46|..", "10|2.". Inside a block the digits come in any order, so the tens
+    may have to be written before the units are known, carry and all: easy to half-learn, hard to get right;
+  * the reward is 1 for the one right string and 0 for any other: nothing to game, and a sum is checked, not matched.
+"""
+
+import re
+
+import numpy as np
+
+name = "addition"
+vocab = "0123456789+=."
+prompt_len, completion_len, block_size = 6, 4, 2
+
+# Unordered pairs {a, b}: 34+12 is held out whenever 12+34 is. A fixed shuffle sends one pair in ten to the test split.
+_PAIRS = np.array([(a, b) for a in range(100) for b in range(a, 100)])
+_PAIRS = np.random.default_rng(0).permutation(_PAIRS)
+_SPLITS = {"test": _PAIRS[:505], "train": _PAIRS[505:]}
+
+
+def sample(rng, n, split):
+    """n prompts and their answers (two lists of str), drawn with replacement by the numpy Generator `rng`."""
+    pairs = rng.permuted(_SPLITS[split][rng.integers(len(_SPLITS[split]), size=n)], axis=1)  # either order of the two
+    return [f"{a:02d}+{b:02d}=" for a, b in pairs], [str(a + b).ljust(completion_len, ".") for a, b in pairs]
+
+
+def _answer(prompt):
+    """The right completion, or None where the prompt is not one of ours."""
+    operands = re.fullmatch(r"([0-9]{2})\+([0-9]{2})=", prompt)
+    return operands and str(int(operands[1]) + int(operands[2])).ljust(completion_len, ".")
+
+
+def reward(prompt, completion):
+    """1.0 if `completion` is the right sum, written the one right way, else 0.0. Total: any two strings will do."""
+    return float(completion == _answer(prompt))
+
+
+def explain(prompt, completion):
+    """What is wrong with an answer, in words: format, size of the error, or a lost carry."""
+    answer = _answer(prompt)
+    if answer is None:
+        return "not a prompt of this task"
+    if completion == answer:
+        return "right"
+    if not re.fullmatch(r"[0-9]{1,3}\.{1,3}", completion) or len(completion) != completion_len:
+        return f"should be {answer}: this is not a number followed by dots"
+    error = int(completion.rstrip(".")) - int(answer.rstrip("."))
+    if error == 0:
+        return f"should be {answer}: the right number, written the wrong way"
+    carries = int(prompt[1]) + int(prompt[4]) > 9
+    hint = " (the carry is lost)" if error == -10 and carries else " (a carry that is not there)" if error == 10 and not carries else ""
+    return f"should be {answer}: off by {error:+d}{hint}"
