@@ -53,6 +53,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -711,7 +712,7 @@ class Config:
     n_layer: int = flag(2, "layers of the transformer")
     n_head: int = flag(4, "attention heads per layer")
     base_accuracy: float = flag(0.4, "pretraining stops at this greedy held-out accuracy")
-    pretrain_lr: float = flag(2e-3, "learning rate of pretraining")
+    pretrain_lr: float = flag(1e-3, "learning rate of pretraining")
     pretrain_updates: int = flag(2000, "pretraining fails if it needs more updates than this")
     log_every: int = flag(20, "updates per line of the log, a multiple of μ")
     device: str = flag("auto", "auto takes cuda where there is one", ("auto", "cpu", "cuda"))
@@ -720,35 +721,25 @@ class Config:
 
 def problem(config):
     """What is wrong with a Config, in one line that says what would be right, or None."""
-    c, task = config, TASKS[config.task]
-    for name in ("mc", "updates", "prompts", "mu", "d_model", "n_layer", "n_head", "block_size", "log_every"):
-        if getattr(c, name) < 1:
-            return f"--{name} must be at least 1 (got {getattr(c, name)})"
-    for name in ("clip_eps", "max_grad_norm", "base_accuracy", "pretrain_updates"):
-        if getattr(c, name) < 0:
-            return f"--{name} must not be negative (got {getattr(c, name)})"
-    for name in ("lr", "pretrain_lr"):
-        if getattr(c, name) <= 0:
-            return f"--{name} must be positive (got {getattr(c, name)})"
-    if c.group_size < 2:
-        return f"--group_size must be at least 2: an advantage compares completions of one prompt (got {c.group_size})"
-    if not 0 <= c.seed < 2**32:
-        return f"--seed must be from 0 to {2**32 - 1} (got {c.seed})"
-    if c.d_model % (2 * c.n_head):
-        return f"--d_model must be a multiple of 2 × --n_head, an even number per head (got {c.d_model} and {c.n_head})"
-    if task.prompt_len % c.block_size or task.completion_len % c.block_size:
-        return (f"--block_size must divide the prompt and the completion of {task.name}, {task.prompt_len} and "
-                f"{task.completion_len} tokens (got {c.block_size})")
-    if c.estimator == "exact" and c.block_size > MAX_EXACT_BLOCK:
-        return f"--estimator exact needs 2^B − 1 copies: --block_size at most {MAX_EXACT_BLOCK} (got {c.block_size})"
-    if c.log_every % c.mu or c.updates % c.log_every:
-        return (f"--log_every must be a multiple of --mu, and --updates one of --log_every, so that every row of the log ends "
-                f"with a batch (got {c.log_every}, {c.mu} and {c.updates})")
-    if c.device == "cuda" and not torch.cuda.is_available():
-        return "--device cuda: no CUDA device is available here; use --device cpu"
-    if (run_folder(c) / "log.jsonl").exists():
-        return f"{run_folder(c)} already holds a run: choose another --out, or move that folder away"
-    return None
+    c, task, folder = config, TASKS[config.task], run_folder(config)
+    least = dict.fromkeys(("updates", "mc", "prompts", "mu", "block_size", "d_model", "n_layer", "n_head", "log_every"), 1)
+    for name, low in {**least, "group_size": 2, "clip_eps": 0, "max_grad_norm": 0, "pretrain_updates": 0, "seed": 0}.items():
+        if getattr(c, name) < low:
+            return f"--{name} must be at least {low} (got {getattr(c, name)})"
+    rules = (
+        (c.lr > 0 and c.pretrain_lr > 0, f"--lr and --pretrain_lr must be positive (got {c.lr} and {c.pretrain_lr})"),
+        (0 <= c.base_accuracy <= 1, f"--base_accuracy must be from 0 to 1 (got {c.base_accuracy})"),
+        (c.d_model % (2 * c.n_head) == 0, f"--d_model must be a multiple of twice --n_head (got {c.d_model} and {c.n_head})"),
+        (task.prompt_len % c.block_size == task.completion_len % c.block_size == 0, f"--block_size must divide both lengths "
+         f"of {task.name}, {task.prompt_len} and {task.completion_len} (got {c.block_size})"),
+        (c.estimator != "exact" or c.block_size <= MAX_EXACT_BLOCK, f"--estimator exact needs 2^B - 1 noisy copies: "
+         f"--block_size at most {MAX_EXACT_BLOCK} (got {c.block_size})"),
+        (c.log_every % c.mu == 0, f"--log_every must be a multiple of --mu (got {c.log_every} and {c.mu})"),
+        (c.updates % c.log_every == 0, f"--updates must be a multiple of --log_every (got {c.updates} and {c.log_every})"),
+        (c.device != "cuda" or torch.cuda.is_available(), "--device cuda, but no CUDA device is available: use --device cpu"),
+        (not (folder / "log.jsonl").exists(), f"{folder} already holds a run: choose another --out, or move it away"),
+    )
+    return next((message for holds, message in rules if not holds), None)
 
 
 class Parser(argparse.ArgumentParser):
@@ -769,43 +760,37 @@ def number(text):
 
 def parse(argv=None):
     """Command line -> list of Config, one per run (seeds outermost), all checked. Exits with status 2 on bad input."""
-    parser = Parser(prog="stabledrl.py", allow_abbrev=False, description="RL for a block-diffusion language model: GRPO "
-                    "and StableDRL on a toy task. Without flags: the main job, which shows why one of them collapses.")
-    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw these run folders to OUT/plot.svg, and do nothing else")
+    parser = Parser(prog="stabledrl.py", allow_abbrev=False, description="Reinforcement learning for a block-diffusion "
+                    "language model. Without flags: the main job, which shows why GRPO collapses and StableDRL does not.")
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="only draw the logs of these run folders, to OUT/plot.svg")
     for field in dataclasses.fields(Config):
-        several = {"nargs": "+"} if field.name in ("loss", "estimator", "seed") else {}
-        default = "" if field.default is None else f" (default {field.default})"
-        parser.add_argument(f"--{field.name}", type=number if field.type is float else field.type, default=field.default,
-                            choices=field.metadata["choices"], help=(field.metadata["help"] + default).replace("%", "%%"), **several)
+        text = field.metadata["help"] + ("" if field.default is None else f" (default {field.default})")
+        parser.add_argument(f"--{field.name}", type=number if field.type is float else field.type, help=text, default=field.default,
+                            choices=field.metadata["choices"], nargs="+" if field.name in ("loss", "estimator", "seed") else None)
     flags = vars(parser.parse_args(argv))
-    plotted = flags.pop("plot")
-    if plotted:
-        try:
-            plot(plotted, Path(flags["out"]))
-        except (OSError, ValueError, ImportError) as error:
-            parser.error(f"--plot: {error}")
-        parser.exit()
+    folders, out = flags.pop("plot"), Path(flags["out"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        if folders:
+            plot(folders, out)
+            parser.exit()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        parser.error(f"{'--plot' if folders else '--out'}: {error}")
     losses, estimators, seeds = flags.pop("loss"), flags.pop("estimator"), flags.pop("seed")
-    policies = HEADLINE
-    if losses or estimators:
-        policies = itertools.product(losses or ["stabledrl"], estimators or ["elbo"])
+    policies = list(itertools.product(losses or ["stabledrl"], estimators or ["elbo"])) if losses or estimators else HEADLINE
     if flags["device"] == "auto":
         flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    flags["block_size"] = flags["block_size"] if flags["block_size"] is not None else TASKS[flags["task"]].block_size
+    if flags["block_size"] is None:
+        flags["block_size"] = TASKS[flags["task"]].block_size
     configs = []
     for seed, (loss, estimator) in itertools.product(seeds if isinstance(seeds, list) else [seeds], policies):
-        eps = LOSSES[loss][1] if flags["clip_eps"] is None else flags["clip_eps"]
-        configs.append(Config(**{**flags, "loss": loss, "estimator": estimator, "seed": seed, "clip_eps": eps}))
+        clip_eps = LOSSES[loss][1] if flags["clip_eps"] is None else flags["clip_eps"]
+        configs.append(Config(**{**flags, "loss": loss, "estimator": estimator, "seed": seed, "clip_eps": clip_eps}))
         if problem(configs[-1]):
             parser.error(problem(configs[-1]))
     if len(set(configs)) < len(configs):
-        parser.error("--loss, --estimator and --seed must not name the same value twice")
-    try:
-        Path(flags["out"]).mkdir(parents=True, exist_ok=True)
-        (Path(flags["out"]) / ".writable").touch()
-        (Path(flags["out"]) / ".writable").unlink()
-    except OSError as error:
-        parser.error(f"--out {flags['out']}: cannot write there ({error.strerror}); choose another folder")
+        parser.error("--loss, --estimator and --seed: every value once, please")
     return configs
 
 
