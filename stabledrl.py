@@ -559,7 +559,7 @@ def accuracy(model, task, block_size, n=500):
     """Share of `n` held-out prompts, always the same, with full reward under greedy decoding, most confident first."""
     prompts, _ = task.sample(np.random.default_rng(0), n, "test")
     rewards = answer(model, task, prompts, block_size, temperature=0.0, order="confidence")[2]
-    return (rewards == 1).float().mean().item()
+    return (rewards == 1).double().mean().item()
 
 
 def sampled_reward(model, task, config, n=2000):
