@@ -9,9 +9,9 @@ Why GRPO breaks on a diffusion model, in five lines:
   1. A diffusion language model writes its tokens in any order, so log π(completion) is a sum over orders: intractable.
      It is replaced by a Monte-Carlo *estimate* L̂, and the importance ratio ρ = π_θ/π_old by ρ̂ = exp(L̂_θ − L̂_old).
   2. exp turns symmetric noise in L̂ into a long tail: a rollout whose true ratio is 1 gets ρ̂ = 50, or 100,000.
-  3. GRPO's clip is conditional. Where A < 0 and ρ̂ > 1+ε it does not bind: the noise multiplies the gradient, unbounded.
+  3. GRPO's clip is conditional. Where A < 0 and ρ̂ > 1+ε it does not bind: noise multiplies the gradient, unbounded.
   4. One such spike moves the policy far; now log π_θ − log π_old is larger, and noisier; the next spike is larger.
-  5. The reward collapses. StableDRL (§6) clips every ratio, and divides by their sum: no rollout can dominate an update.
+  5. The reward collapses. StableDRL (§6) clips every ratio and divides by their sum: no update can be out of bounds.
 
 How to read it: §6 is the paper. §2, §3 and §5 say where the noisy ratio comes from. The rest is what makes it run.
   §1 Transformer                 §4 Rollout              §7 Diagnostics
@@ -22,7 +22,7 @@ Notation: the paper's symbol, the name here, its shape.
   q      prompts       (N, P)      rows are group-major: rows i·G .. (i+1)·G−1 share one prompt
   y      completions   (N, L)      L tokens in L/B blocks
   B      block_size                tokens of one block are denoised together; P and L are multiples of B
-  K      copies, --mc              Monte-Carlo samples (noisy copies of y) behind one estimate L̂
+  K      copies, --mc              Monte-Carlo samples (noisy copies of y) behind one estimate L̂; the default is 1
   m      m                         masked tokens of one block of one noisy copy, 1 .. B
   G      group_size                completions per prompt; N is a multiple of G
   L̂_θ    log_prob      (N,)        an estimate of log π_θ(y|q) in nats, summed over the tokens
@@ -41,7 +41,7 @@ Simplified vs the paper:
     the sampler chose, and no padding mask exists anywhere.
   * No KL penalty, no dropout, no mixed precision: nothing between the method and what you see.
 
-  python stabledrl.py                                       the main job: GRPO collapses, StableDRL learns; HEADLINE_MINUTES
+  python stabledrl.py                                       the main job: GRPO collapses, StableDRL learns
   python stabledrl.py --loss stabledrl --updates 4000       one policy, further
   pytest                                                    every claim in this file as a test; under a minute
 """
@@ -159,9 +159,9 @@ class BlockDiffusionTransformer(nn.Module):
 # What it teaches: how one pass scores every block, each given its true history, without any block seeing its answer.
 #
 # To score block b, the model must read the clean tokens before b, and a noisy version of b. Done naively that is one
-# pass per block. The staircase does all of them at once: the sequence is laid out twice, clean and noisy. The clean half
-# supplies histories; the noisy half asks the questions. A noisy token may look at clean blocks *strictly before* its own:
-# with >= in place of that one >, it would read its own answer, the loss would fall to zero, and nothing would be learned.
+# pass per block. The staircase does all at once: the sequence is laid out twice, clean and noisy. The clean half gives
+# the histories, the noisy half asks the questions. A noisy token may look at clean blocks *strictly before* its own:
+# with >= in place of that one >, it would read its own answer, the loss would fall to 0, and nothing would be learned.
 # K noisy copies with different masks share the one clean half, so K Monte-Carlo samples cost one pass as well.
 # ======================================================================================================================
 
@@ -215,13 +215,13 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     P, L, B = prompt_len, completion_len, block_size
     assert P % B == 0 and L % B == 0, f"prompt_len {P} and completion_len {L} must be multiples of block_size {B}"
     block = staircase_positions(P, L, copies, device) // B                                       # (S,)
-    stream = (torch.arange(P + L + copies * L, device=device) - P) // L                          # (S,) prompt < 0, clean 0
-    stream = stream.clamp(min=0)                                                                 # (S,) clean 0, copies 1..K
+    index = torch.arange(P + L + copies * L, device=device)                                      # (S,)
+    stream = ((index - P) // L).clamp(min=0)                                                     # (S,) 0 = clean, 1..K
     from_block, to_block = block[:, None], block[None, :]
     from_stream, to_stream = stream[:, None], stream[None, :]
 
     clean_to_clean = (from_stream == 0) & (to_stream == 0) & (from_block >= to_block)
-    noisy_to_clean = (from_stream > 0) & (to_stream == 0) & (from_block > to_block)              # the one that must be >
+    noisy_to_clean = (from_stream > 0) & (to_stream == 0) & (from_block > to_block)             # this one must be >
     noisy_to_own_block = (from_stream > 0) & (from_stream == to_stream) & (from_block == to_block)
     return clean_to_clean | noisy_to_clean | noisy_to_own_block
 
@@ -232,10 +232,10 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 # What it teaches: the noise, and the one number that is both the pretraining loss and the policy's likelihood estimate.
 #
 # Noise means hiding: in every block, draw a count m uniformly from 1..B, and replace m random tokens by [MASK]. The
-# model is asked for the hidden ones. Why does that bound a likelihood? Let the model write a block token by token in a
-# random order. Then −log π = −log mean over orders ∏ p ≤ −mean over orders Σ log p (Jensen), and the right-hand side needs
-# no orders at all: a random step of a random order hides a random set of m tokens, m uniform, and reveals one of them.
-# There are B steps, and the average of log p over the m candidates is a sum divided by m. Hence the weight B/m:
+# model is asked for the hidden ones. Why does that bound a likelihood? Let the model write a block token by token, in
+# random order: log π = log(mean over orders of ∏ p) ≥ mean over orders of Σ log p (Jensen). The right side needs no
+# orders: at a random step of a random order, the hidden tokens are a random set of m, m is uniform, and the next one to
+# be revealed is any of the m. There are B steps, and a mean over m candidates is a sum over m. Hence the weight B/m:
 #
 #     ELBO(y) = E_masks  Σ_blocks  B/m · Σ_i 1[y_i masked] · log p_θ(y_i | noisy block, clean history)   ≤   log π_θ(y)
 #
@@ -244,11 +244,11 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
-    """(N,K,L) bool, True = hidden, on the generator's device: per block a count m ~ U{1..B}, then m random positions."""
+    """(N,K,L) bool, True = hidden, on the generator's device. Per block a count m ~ U{1..B}, then m random places."""
     shape, device = (num_seqs, copies, completion_len // block_size), generator.device
     m = torch.randint(1, block_size + 1, (*shape, 1), generator=generator, device=device)        # (N, K, L/B, 1)
     noise = torch.rand(*shape, block_size, generator=generator, device=device)                   # (N, K, L/B, B)
-    rank = noise.argsort(-1).argsort(-1)                                                         # a permutation of 0..B−1
+    rank = noise.argsort(-1).argsort(-1)                                                         # permutation of 0..B−1
     return (rank < m).flatten(-2)                                                                # (N, K, L)
 
 
@@ -332,14 +332,14 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 #
 # What it teaches: what L̂ is an estimate *of*, what the truth costs, and how much noise exp makes of the difference.
 #
-# A block of B tokens has only 2^B − 1 ways to hide something. For B = 2 that is 3: give each way its own noisy copy, and
-# one pass holds every conditional that the model can be asked for. A weighted sum of them is the ELBO without noise; a
-# sum over the paths from "all hidden" to "none hidden" is log π itself. Real models use B = 32: 4 billion copies.
+# A block of B tokens has only 2^B − 1 ways to hide something. For B = 2 that is 3: give each a noisy copy, and one
+# pass holds every conditional that the model can be asked for. A weighted sum of them is the ELBO without noise; a sum
+# over the paths from "all hidden" to "none hidden" is log π itself. Real models use blocks of 32: 4 billion copies.
 #
-# So there are four numbers for one completion. ELBO ≤ log π is a *bias*, much the same before and after an update, and
-# nearly cancels in L̂_θ − L̂_old. The Monte-Carlo *noise* does not cancel: if each L̂ has a standard deviation of 1 nat,
-# the difference of two independent ones has 1.4, and ρ̂ = exp(1.4·z) passes 50 at z = 2.8: one rollout in 400, every
-# update, while the true ratio stays close to 1. (With the *same* masks in both, most of the noise cancels too:
+# What is wrong with an estimate, then? ELBO ≤ log π is a *bias*. It is much the same before and after an update, and
+# nearly cancels in L̂_θ − L̂_old. The Monte-Carlo *noise* does not: if each L̂ has a standard deviation of 1 nat, the
+# difference of two independent ones has 1.4, and ρ̂ = exp(1.4·z) passes 50 at z = 2.8, for one rollout in 400, in every
+# update, while the true ratio stays close to 1. (With the *same* masks in both, most of the noise cancels as well:
 # --masks shared. And mean_field, which hides everything, has none; but it is the likelihood of another policy.)
 # ======================================================================================================================
 
@@ -397,8 +397,8 @@ MAX_EXACT_BLOCK = 8  # 255 copies: above this, --estimator exact is refused, and
 # What --estimator means: name -> function(model, prompts, completions, masks, block_size) -> (N,). Add yours here.
 ESTIMATORS = {
     "elbo": elbo,
-    "mean_field": lambda model, prompts, completions, masks, block_size: mean_field(model, prompts, completions, block_size),
-    "exact": lambda model, prompts, completions, masks, block_size: exact_log_likelihood(model, prompts, completions, block_size),
+    "mean_field": lambda model, prompts, completions, masks, B: mean_field(model, prompts, completions, B),
+    "exact": lambda model, prompts, completions, masks, B: exact_log_likelihood(model, prompts, completions, B),
 }
 
 
@@ -416,14 +416,14 @@ ESTIMATORS = {
 #     ρ̂ > 1+ε          0       it has gone far up      ρ̂       WITHOUT BOUND
 #
 # The last cell is meant well: a bad completion that has become likelier must be pulled back hard. That is right for an
-# exact ratio, which is rarely far from 1. It is fatal for an estimate, where ρ̂ = 1,000 says nothing but that the noise was
-# 6.9 nats: then one rollout has 1,000 times the weight of the others. (Clipping the gradient's norm does not help: it
-# scales the step down, and leaves that one rollout all of its direction.)
+# exact ratio, which is rarely far from 1. It is fatal for an estimate, where ρ̂ = 1,000 says only that noise was 6.9
+# nats: one rollout then has 1,000 times the weight of the others. (Clipping the gradient's norm does not help: it makes
+# the step shorter, and leaves its direction to that one rollout.)
 #
 # StableDRL changes two things, per group of G completions of one prompt:
-#     unconditional clip     w_j = clip(ρ̂_j, 1−ε, 1+ε), whatever the sign of A: at most 1+ε, whatever the noise
-#     self-normalisation     ∇J = Σ_j w_j A_j g_j / Σ_i w_i  with g_j = ∇L̂_θ(y_j): a weighted mean of the A_j·g_j. It lies in
-#                            their convex hull, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are
+#     unconditional clip   w_j = clip(ρ̂_j, 1−ε, 1+ε), whatever the sign of A: at most 1+ε, whatever the noise
+#     self-normalisation   ∇J = Σ_j w_j A_j g_j / Σ_i w_i with g_j = ∇L̂_θ(y_j): a weighted mean of the A_j·g_j. It lies
+#                          in their convex hull: its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are
 # The weights are constants for the gradient (detached): a weight says how much a sample counts, not where to go.
 # At ρ̂ = 1 both losses have the same gradient, −mean A·∇L̂_θ: the plain policy gradient. Their *values* mean nothing.
 # ======================================================================================================================
@@ -448,11 +448,11 @@ def grpo_loss(log_ratio, advantages, clip_eps):
 
 
 def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
-    """StableDRL: (N,), (N,) -> scalar. The clip always binds; the divisor is the sum of the clipped ratios of the group.
-    Softmax of clipped logs = clipped ratios over their sum, with nothing that can overflow; mean over the groups."""
+    """StableDRL: (N,), (N,) -> scalar. The clip always binds; the divisor is the sum of the group's clipped ratios.
+    Clipped ratios over their sum = softmax of their logs, in which nothing can overflow. Mean over the groups."""
     log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
     clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))
-    weights = clipped.view(-1, group_size).softmax(-1).flatten()                                 # (N,) sum to 1 per group
+    weights = clipped.view(-1, group_size).softmax(-1).flatten()                                 # (N,) sum 1 per group
     per_sequence = weights * advantages * log_ratio
     return -per_sequence.view(-1, group_size).sum(-1).mean()
 
@@ -497,11 +497,11 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
 # ======================================================================================================================
 # §8  Training
 #
-# What it teaches: where old and new policy part. Completions are sampled, judged, and used for μ optimiser steps. At the
-# first step θ = θ_old and every true ratio is 1; at the later ones it is not, and ρ corrects for it. The *estimate* ρ̂ is
+# What it teaches: where old and new policy part. Completions are sampled, judged, and used for μ optimiser steps. At
+# the first step θ = θ_old and every true ratio is 1; later it is not, and ρ corrects for that. The *estimate* ρ̂ is
 # noisy from the first step on, since L̂_old and L̂_θ draw their masks independently (--masks independent, as in the
-# paper's analysis). `config` is the flat dataclass of §9. All random streams are separate and depend on the seed alone:
-# with one seed, all losses and estimators see the same prompts in the same order.
+# paper's analysis). `config` is the flat dataclass of §9. Random streams are separate, and depend on the seed alone:
+# with one seed, all losses and estimators start from the same base and see the same prompts in the same order.
 # ======================================================================================================================
 
 
@@ -577,7 +577,7 @@ def pretrain(task, config, device):
     rng, generator = np.random.default_rng([config.seed, 0]), stream(config, "pretrain", device)
     with tqdm(total=config.pretrain_updates, desc=f"pretrain seed {config.seed}", leave=False) as bar:
         for update in range(config.pretrain_updates + 1):
-            if update % 10 == 0:
+            if update % 10 == 0 or update == config.pretrain_updates:
                 reached = accuracy(model, task, config.block_size)
                 bar.set_postfix_str(f"accuracy {reached:.2f} of {config.base_accuracy:.2f}")
                 if reached >= config.base_accuracy:
@@ -590,7 +590,7 @@ def pretrain(task, config, device):
             optimizer.step()
             bar.update()
     raise TrainingFailed(f"pretraining reached accuracy {reached:.2f}, not --base_accuracy {config.base_accuracy}, "
-                         f"in {config.pretrain_updates} updates: raise --pretrain_updates or --pretrain_lr, or ask for less")
+                         f"in {config.pretrain_updates} updates: raise --pretrain_updates, or ask for less")
 
 
 @torch.no_grad()
@@ -635,14 +635,15 @@ def log_row(update, recent, seconds):
     reward, grad_norm, ess and clip_fraction, the maximum of ratio_max; noise_std is that of the last update."""
     mean = {name: sum(values[name] for values in recent) / len(recent) for name in recent[0] if name != "accuracy"}
     return {"update": update, "reward": mean["reward"], "accuracy": recent[-1]["accuracy"],
-            "ratio_max": max(values["ratio_max"] for values in recent), "grad_norm": mean["grad_norm"], "ess": mean["ess"],
-            "clip_fraction": mean["clip_fraction"], "noise_std": recent[-1].get("noise_std"), "seconds": round(seconds, 2)}
+            "ratio_max": max(values["ratio_max"] for values in recent), "grad_norm": mean["grad_norm"],
+            "ess": mean["ess"], "clip_fraction": mean["clip_fraction"], "noise_std": recent[-1].get("noise_std"),
+            "seconds": round(seconds, 2)}
 
 
 def train(base, task, config, device):
-    """Train a copy of the policy `base` (a state dict) by RL -> (model, rows of the log). Writes <run>/log.jsonl, a config
-    line and then a row every --log_every updates, and <run>/checkpoint.pt with each row. TrainingFailed, naming the
-    update, if the gradient stops being finite; the rows until then are in the log."""
+    """Train a copy of the policy `base` (a state dict) by RL -> (model, rows of the log). Writes <run>/log.jsonl, a
+    config line and then a row every --log_every updates, and <run>/checkpoint.pt with each row. TrainingFailed, naming
+    the update, if the gradient stops being finite; the rows until then are in the log."""
     model = new_model(task, config, device)
     model.load_state_dict(base)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -672,14 +673,14 @@ def train(base, task, config, device):
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "base": base,
                             "config": settings, "update": update}, folder / "checkpoint.tmp")
                 os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")      # a crash leaves the last good one
-                bar.set_postfix_str("reward {reward:.2f}, accuracy {accuracy:.2f}, max ratio {ratio_max:.0e}".format(**rows[-1]))
+                bar.set_postfix({name: f"{rows[-1][name]:.2g}" for name in ("reward", "accuracy", "ratio_max")})
     return model, rows
 
 
 # ======================================================================================================================
 # §9  Command line
 #
-# What it teaches: every number that the reader may change, once. `Config` becomes the flags and the first line of the log.
+# What it teaches: every number that the reader may change, once. `Config` becomes the flags, and a log's first line.
 # ======================================================================================================================
 
 HEADLINE = (("grpo", "elbo"), ("grpo", "exact"), ("stabledrl", "elbo"))  # (loss, estimator) of the main job
@@ -695,15 +696,15 @@ class Config:
     """The settings of one run. On the command line --loss, --estimator and --seed take several values each."""
 
     task: str = flag("addition", "what to learn", TASKS)
-    loss: str = flag(None, "objective(s) of §6; without --loss and --estimator: the three policies of the main job", LOSSES)
+    loss: str = flag(None, "objective(s), §6; without --loss and --estimator: the three of the main job", LOSSES)
     estimator: str = flag(None, "estimator(s) of log π, §3 and §5", ESTIMATORS)
     masks: str = flag("independent", "the Monte-Carlo masks of L̂_old and L̂_θ", ("independent", "shared"))
-    mc: int = flag(2, "K, noisy copies behind one Monte-Carlo estimate")
+    mc: int = flag(1, "K, noisy copies behind one Monte-Carlo estimate")
     clip_eps: float = flag(None, "ε; default 0.2 for grpo, 5 for stabledrl")
     seed: int = flag(0, "random seed(s); every seed has a base policy of its own")
-    updates: int = flag(2000, "optimiser steps of RL")
-    lr: float = flag(3e-4, "learning rate of RL")
-    prompts: int = flag(16, "prompts per batch of rollouts")
+    updates: int = flag(1200, "optimiser steps of RL")
+    lr: float = flag(2e-4, "learning rate of RL")
+    prompts: int = flag(32, "prompts per batch of rollouts")
     group_size: int = flag(8, "G, completions per prompt")
     mu: int = flag(2, "μ, updates per batch of rollouts")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm to this; 0 = never")
@@ -722,21 +723,22 @@ class Config:
 def problem(config):
     """What is wrong with a Config, in one line that says what would be right, or None."""
     c, task, folder = config, TASKS[config.task], run_folder(config)
-    least = dict.fromkeys(("updates", "mc", "prompts", "mu", "block_size", "d_model", "n_layer", "n_head", "log_every"), 1)
-    for name, low in {**least, "group_size": 2, "clip_eps": 0, "max_grad_norm": 0, "pretrain_updates": 0, "seed": 0}.items():
+    lowest = dict.fromkeys("updates mc prompts mu block_size d_model n_layer n_head log_every".split(), 1)
+    lowest |= {"group_size": 2} | dict.fromkeys("clip_eps max_grad_norm pretrain_updates seed".split(), 0)
+    for name, low in lowest.items():
         if getattr(c, name) < low:
             return f"--{name} must be at least {low} (got {getattr(c, name)})"
     rules = (
         (c.lr > 0 and c.pretrain_lr > 0, f"--lr and --pretrain_lr must be positive (got {c.lr} and {c.pretrain_lr})"),
         (0 <= c.base_accuracy <= 1, f"--base_accuracy must be from 0 to 1 (got {c.base_accuracy})"),
-        (c.d_model % (2 * c.n_head) == 0, f"--d_model must be a multiple of twice --n_head (got {c.d_model} and {c.n_head})"),
-        (task.prompt_len % c.block_size == task.completion_len % c.block_size == 0, f"--block_size must divide both lengths "
-         f"of {task.name}, {task.prompt_len} and {task.completion_len} (got {c.block_size})"),
+        (c.d_model % (2 * c.n_head) == 0, f"--d_model must be a multiple of 2·--n_head (got {c.d_model}, {c.n_head})"),
+        (task.prompt_len % c.block_size == task.completion_len % c.block_size == 0, "--block_size must divide both "
+         f"lengths of {task.name}, {task.prompt_len} and {task.completion_len} (got {c.block_size})"),
         (c.estimator != "exact" or c.block_size <= MAX_EXACT_BLOCK, f"--estimator exact needs 2^B - 1 noisy copies: "
          f"--block_size at most {MAX_EXACT_BLOCK} (got {c.block_size})"),
-        (c.log_every % c.mu == 0, f"--log_every must be a multiple of --mu (got {c.log_every} and {c.mu})"),
-        (c.updates % c.log_every == 0, f"--updates must be a multiple of --log_every (got {c.updates} and {c.log_every})"),
-        (c.device != "cuda" or torch.cuda.is_available(), "--device cuda, but no CUDA device is available: use --device cpu"),
+        (c.log_every % c.mu == 0, f"--log_every must be a multiple of --mu (got {c.log_every}, {c.mu})"),
+        (c.updates % c.log_every == 0, f"--updates must be a multiple of --log_every (got {c.updates}, {c.log_every})"),
+        (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA device; use --device cpu"),
         (not (folder / "log.jsonl").exists(), f"{folder} already holds a run: choose another --out, or move it away"),
     )
     return next((message for holds, message in rules if not holds), None)
@@ -760,13 +762,14 @@ def number(text):
 
 def parse(argv=None):
     """Command line -> list of Config, one per run (seeds outermost), all checked. Exits with status 2 on bad input."""
-    parser = Parser(prog="stabledrl.py", allow_abbrev=False, description="Reinforcement learning for a block-diffusion "
-                    "language model. Without flags: the main job, which shows why GRPO collapses and StableDRL does not.")
-    parser.add_argument("--plot", nargs="+", metavar="RUN", help="only draw the logs of these run folders, to OUT/plot.svg")
+    parser = Parser(prog="stabledrl.py", allow_abbrev=False, description="RL for a block-diffusion language model. "
+                    "Without flags: the main job, which shows why GRPO collapses and StableDRL does not.")
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="only draw the logs of run folders, to OUT/plot.svg")
     for field in dataclasses.fields(Config):
-        text = field.metadata["help"] + ("" if field.default is None else f" (default {field.default})")
-        parser.add_argument(f"--{field.name}", type=number if field.type is float else field.type, help=text, default=field.default,
-                            choices=field.metadata["choices"], nargs="+" if field.name in ("loss", "estimator", "seed") else None)
+        parser.add_argument(
+            f"--{field.name}", type=number if field.type is float else field.type, choices=field.metadata["choices"],
+            default=field.default, nargs="+" if field.name in ("loss", "estimator", "seed") else None,
+            help=field.metadata["help"] + ("" if field.default is None else f" (default {field.default})"))
     flags = vars(parser.parse_args(argv))
     folders, out = flags.pop("plot"), Path(flags["out"])
     try:
@@ -775,10 +778,11 @@ def parse(argv=None):
         if folders:
             plot(folders, out)
             parser.exit()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError) as error:
         parser.error(f"{'--plot' if folders else '--out'}: {error}")
     losses, estimators, seeds = flags.pop("loss"), flags.pop("estimator"), flags.pop("seed")
-    policies = list(itertools.product(losses or ["stabledrl"], estimators or ["elbo"])) if losses or estimators else HEADLINE
+    policies = list(itertools.product(losses or ["stabledrl"], estimators or ["elbo"]))
+    policies = policies if losses or estimators else HEADLINE
     if flags["device"] == "auto":
         flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if flags["block_size"] is None:
@@ -795,56 +799,60 @@ def parse(argv=None):
 
 
 def report(results):
-    """[(config, base reward, log rows), ..] of all runs -> the table and the verdict, as lines. Every word is computed."""
+    """[(config, base reward, log rows), ..] of all runs -> table and verdict, as lines. Every word is computed."""
     columns = ("base reward", "last 100 updates", "rise at the end", "accuracy", "largest ratio", "noise (nats)")
-    table = {}
+    table, gain, words = {}, {}, []
     for config, base, rows in results:
         reward, noise = (np.array([row[name] for row in rows], dtype=float) for name in ("reward", "noise_std"))
         quarter, hundred = max(1, len(rows) // 4), max(1, 100 // config.log_every)
         table.setdefault(f"{config.loss} / {config.estimator}", []).append((
-            base, reward[-hundred:].mean(), reward[-quarter:].mean() - reward[-2 * quarter :][:quarter].mean(),
+            base, reward[-hundred:].mean(),
+            reward[-quarter:].mean() - reward[-2 * quarter :][:quarter].mean(),      # last quarter minus the one before
             rows[-1]["accuracy"], max(row["ratio_max"] for row in rows), noise.mean()))
-    lines, words, gain = ["".join(f"{title:>18}" for title in ("policy", *columns))], [], {}
+    lines = ["".join(f"{title:>18}" for title in ("policy", *columns))]
     for policy, runs in table.items():
-        mean, std = np.mean(runs, axis=0), np.std(runs, axis=0, ddof=1) if len(runs) > 1 else [0.0] * len(columns)
-        cells = [f"{m:.0e}" if title == "largest ratio" else f"{m:.3f} ± {s:.3f}" for title, m, s in zip(columns, mean, std)]
+        means, stds = np.mean(runs, axis=0), np.std(runs, axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(columns))
+        cells = [f"{m:.0e}" if m > 1e3 else f"{m:.3f} ± {s:.3f}" for m, s in zip(means, stds)]
         lines.append("".join(f"{cell:>18}" for cell in (policy, *cells)))
-        gain[policy] = mean[1] / max(mean[0], 1e-9)
-        outcome = ("collapsed" if gain[policy] < 0.5 else "lost ground" if gain[policy] < 0.9 else
-                   "gained nothing" if gain[policy] < 1.1 else "learned, and was still rising" if mean[2] > 0.01 else "learned")
-        words.append(f"{policy} {outcome}: mean reward {mean[0]:.3f} -> {mean[1]:.3f}, {gain[policy]:.2f} times the base.")
-    noisy, exact = gain.get("grpo / elbo"), gain.get("grpo / exact")
-    if noisy and exact:
-        words.append("So noise is the cause: all else equal, GRPO learns where the ratio is exact." if noisy < 0.9 and exact > 1.1
-                     else "So this run does not show that noise is the cause: compare the two rows of GRPO.")
+        times = gain[policy] = means[1] / max(means[0], 1e-9)
+        outcome = ("collapsed" if times < 0.5 else "lost ground" if times < 0.9 else "gained nothing" if times < 1.1
+                   else "learned, and was still rising" if means[2] > 0.01 else "learned")
+        words.append(f"{policy} {outcome}: mean reward {means[0]:.3f} -> {means[1]:.3f}, {times:.2f} times the base.")
+    if {"grpo / elbo", "grpo / exact"} <= set(gain):
+        shown = gain["grpo / elbo"] < 0.9 and gain["grpo / exact"] > 1.1
+        words.append("So noise is the cause: all else equal, GRPO learns where the ratio is exact." if shown else
+                     "So this run does not show that noise is the cause: compare the two rows of GRPO.")
     return [*lines, "", *words]
 
 
 def plot(folders, out):
-    """Draw the logs of run folders to out/plot.svg: one line per policy, mean over seeds, and a band of one std."""
+    """Draw the logs of run folders to out/plot.svg: a line per policy, the mean over its seeds, in a band of one
+    standard deviation. ValueError for a folder without a readable log, or without matplotlib."""
     try:
-        import matplotlib
-        matplotlib.use("svg")
         import matplotlib.pyplot as plt
     except ImportError:
-        raise ImportError("the figure needs matplotlib: pip install matplotlib") from None
-    matplotlib.rcParams.update({"svg.hashsalt": "stabledrl", "axes.spines.top": False, "axes.spines.right": False})
+        raise ValueError("the figure needs matplotlib: pip install matplotlib") from None
     policies = {}
     for folder in folders:
-        config, *rows = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
-        policies.setdefault(f"{config['loss']} / {config['estimator']}", []).append(rows)
+        try:
+            config, *rows = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
+            policies.setdefault(f"{config['loss']} / {config['estimator']}", []).append(rows)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} holds no readable log.jsonl of a run ({error})") from None
+    plt.rcParams.update({"svg.hashsalt": "stabledrl", "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    for axis, (name, title) in zip(axes, {"reward": "mean reward of the rollouts", "ratio_max": "largest ratio",
-                                          "noise_std": "noise of log ρ̂ (nats)"}.items()):
-        for (policy, runs), colour, style in zip(policies.items(), ("#D55E00", "#009E73", "#0072B2", "#CC79A7"), ("-", "--", "-", ":")):
-            x = [row["update"] for row in runs[0]]
-            y = np.array([[row[name] for row in rows] for rows in runs], dtype=float)            # (seeds, rows)
+    panels = {"reward": "mean reward of the rollouts", "ratio_max": "largest ratio (log10)", "noise_std": "noise, nats"}
+    styles = zip(("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), ("-", "--", "-.", ":", "-", "--"))
+    for (policy, runs), (colour, style) in zip(policies.items(), styles):
+        length = min(map(len, runs))                                  # an unfinished run shortens the line
+        for axis, (name, title) in zip(axes, panels.items()):
+            y = np.array([[row[name] for row in rows[:length]] for rows in runs], dtype=float)   # (seeds, length)
             y = np.log10(y) if name == "ratio_max" else y
-            axis.plot(x, y.mean(0), style, color=colour, label=policy)
-            axis.fill_between(x, y.mean(0) - y.std(0), y.mean(0) + y.std(0), color=colour, alpha=0.2, linewidth=0)
-        axis.set(title=title + (" (log10)" if name == "ratio_max" else ""), xlabel="update")
+            x, mean, std = [row["update"] for row in runs[0][:length]], y.mean(0), y.std(0)
+            axis.plot(x, mean, style, color=colour, label=policy)
+            axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+            axis.set(title=title, xlabel="update")
     axes[0].legend(frameon=False)
-    out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "plot.svg", metadata={"Date": None})
 
 
@@ -854,19 +862,20 @@ def main(argv=None):
     task, device = TASKS[configs[0].task], torch.device(configs[0].device)
     results, answers = [], []
     for seed, group in itertools.groupby(configs, key=lambda config: config.seed):
-        group = list(group)
-        base = pretrain(task, group[0], device)
-        reward = sampled_reward(base, task, group[0])
-        print(f"base policy, seed {seed}: accuracy {accuracy(base, task, group[0].block_size):.3f} greedy on held-out prompts, "
-              f"mean reward {reward:.3f} sampled", flush=True)
+        config, *_ = group = list(group)
+        base = pretrain(task, config, device)
+        reward = sampled_reward(base, task, config)
+        print(f"base policy, seed {seed}: mean reward {reward:.3f} sampled, "
+              f"accuracy {accuracy(base, task, config.block_size):.3f} greedy on held-out prompts", flush=True)
         for config in group:
             model, rows = train(base.state_dict(), task, config, device)
-            print(f"{config.loss} / {config.estimator}, seed {seed}: {config.updates} updates in {rows[-1]['seconds']:.0f} s, "
-                  f"log and checkpoint in {run_folder(config)}", flush=True)
             results.append((config, reward, rows))
+            name = f"{config.loss} / {config.estimator}, seed {seed}"
+            print(f"{name}: {config.updates} updates in {rows[-1]['seconds']:.0f} s, log and checkpoint in "
+                  f"{run_folder(config)}", flush=True)
             prompts, _ = task.sample(np.random.default_rng(0), 5, "test")
             texts = answer(model, task, prompts, config.block_size, temperature=0.0, order="confidence")[3]
-            answers.append(f"\n{config.loss} / {config.estimator}, seed {seed}, answers to held-out prompts:")
+            answers += ["", f"{name}, answers to held-out prompts:"]
             answers += [f"  {p}{c}  {task.explain(p, c)}" for p, c in zip(prompts, texts)]
     print("", *report(results), *answers, sep="\n")
 

@@ -71,7 +71,11 @@ def one_block_log_probs(model, prompt, completion, hidden, block, B):
 
 def pictures(function):
     """The rows of # and . in a docstring, as a bool array."""
-    rows = [re.sub("[^#.]", "", line) for line in function.__doc__.splitlines() if re.fullmatch(r"[a-z0-9 ]*([#.] *)+", line)]
+    rows = [
+        re.sub("[^#.]", "", line)
+        for line in function.__doc__.splitlines()
+        if re.fullmatch(r"[a-z0-9 ]*([#.] *)+", line)
+    ]
     return np.array([[character == "#" for character in row] for row in rows if row])
 
 
@@ -132,8 +136,15 @@ def test_the_masks_are_their_pictures():
 def test_staircase_mask_follows_its_three_rules(P, L, B, K):
     """Against a loop over pairs of tokens, each described by (copy, position): copy 0 is clean."""
     who = [(0, i) for i in range(P + L)] + [(k, P + i) for k in range(1, K + 1) for i in range(L)]
-    may = [[(kc == 0 and j // B <= i // B) if qc == 0 else (kc == 0 and j // B < i // B) or (kc == qc and j // B == i // B)
-            for kc, j in who] for qc, i in who]
+    may = [
+        [
+            (kc == 0 and j // B <= i // B)
+            if qc == 0
+            else (kc == 0 and j // B < i // B) or (kc == qc and j // B == i // B)
+            for kc, j in who
+        ]
+        for qc, i in who
+    ]
     assert S.staircase_mask(P, L, B, K).tolist() == may
     assert S.staircase_positions(P, L, K).tolist() == [i for _, i in who]
 
@@ -155,7 +166,9 @@ def test_no_block_sees_its_own_answer_or_the_future():
     def noisy_logits(clean):
         noisy = torch.where(masks, model.mask_id, completions[:, None]).flatten(1)
         tokens = torch.cat((prompts, clean, noisy), 1)
-        return model(tokens, S.staircase_positions(P, L, 2), S.staircase_mask(P, L, B, 2))[:, P + L :].view(3, 2, L // B, B, -1)
+        return model(tokens, S.staircase_positions(P, L, 2), S.staircase_mask(P, L, B, 2))[:, P + L :].view(
+            3, 2, L // B, B, -1
+        )
 
     before = noisy_logits(completions)
     for b in range(L // B):
@@ -190,10 +203,17 @@ def test_one_staircase_pass_is_one_separate_pass_per_block(B):
 def test_block_size_one_is_an_autoregressive_model():
     """All four likelihoods are then one number, the chain rule Σ log p(y_i | everything before)."""
     model, (prompts, completions) = tiny_model(), batch(P=3, L=4)
-    chain = [sum(one_block_log_probs(model, p, c, [0], i, 1)[0] for i in range(4)) for p, c in zip(prompts.tolist(), completions.tolist())]
+    chain = [
+        sum(one_block_log_probs(model, p, c, [0], i, 1)[0] for i in range(4))
+        for p, c in zip(prompts.tolist(), completions.tolist())
+    ]
     masks = torch.ones(3, 1, 4, dtype=torch.bool)
-    for log_p in (S.elbo(model, prompts, completions, masks, 1), S.mean_field(model, prompts, completions, 1),
-                  S.exact_elbo(model, prompts, completions, 1), S.exact_log_likelihood(model, prompts, completions, 1)):
+    for log_p in (
+        S.elbo(model, prompts, completions, masks, 1),
+        S.mean_field(model, prompts, completions, 1),
+        S.exact_elbo(model, prompts, completions, 1),
+        S.exact_log_likelihood(model, prompts, completions, 1),
+    ):
         assert log_p.tolist() == pytest.approx(chain, abs=1e-4)
 
 
@@ -228,7 +248,9 @@ def test_elbo_is_the_weighted_sum_over_hidden_tokens():
             copies.append(B / len(hidden) * sum(log_p[i] for i in hidden))
         expected.append(sum(copies) / 4)
     assert S.elbo(model, prompts, completions, masks, B).tolist() == pytest.approx(expected, abs=1e-4)
-    assert S.pretraining_loss(model, prompts, completions, masks, B).item() == pytest.approx(-sum(expected) / 2 / 6, abs=1e-4)
+    assert S.pretraining_loss(model, prompts, completions, masks, B).item() == pytest.approx(
+        -sum(expected) / 2 / 6, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("B", [2, 3])
@@ -293,7 +315,9 @@ def test_confidence_order_reveals_the_surest_place_first():
         for start in (3, 6):
             seen, order = tokens[: start + B], []
             while 4 in seen:
-                probs = model(torch.tensor([seen]), torch.arange(start + B), S.block_causal_mask(start + B, B))[0].softmax(-1)
+                probs = model(torch.tensor([seen]), torch.arange(start + B), S.block_causal_mask(start + B, B))[
+                    0
+                ].softmax(-1)
                 place = max((i for i in range(start, start + B) if seen[i] == 4), key=lambda i: probs[i].max().item())
                 seen[place] = probs[place].argmax().item()
                 order.append(place - start)
@@ -306,6 +330,7 @@ def test_confidence_order_reveals_the_surest_place_first():
 def test_random_order_is_a_fair_die():
     """A model whose answer reveals the order: it writes the number of tokens already there. 6,000 blocks of B = 3, each
     of the 6 orders within 5 standard errors (by chance 1 in 3e5)."""
+
     class Counting(torch.nn.Module):
         mask_id = 4
 
@@ -316,7 +341,9 @@ def test_random_order_is_a_fair_die():
             revealed = (tokens[:, -3:] != 4).sum(1)
             return torch.nn.functional.one_hot(revealed, 5)[:, None].expand(-1, tokens.shape[1], -1).float() * 1e4
 
-    orders = Counter(map(tuple, S.generate(Counting(), torch.zeros(6_000, 0, dtype=torch.long), 3, 3, generator=seeded()).tolist()))
+    orders = Counter(
+        map(tuple, S.generate(Counting(), torch.zeros(6_000, 0, dtype=torch.long), 3, 3, generator=seeded()).tolist())
+    )
     assert set(orders) == set(itertools.permutations(range(3)))
     assert all(abs(n - 1_000) < 5 * (6_000 / 6 * 5 / 6) ** 0.5 for n in orders.values())
 
@@ -340,9 +367,15 @@ def brute_force(model, prompt, completion, B):
     """Oracle: (exact ELBO, log-likelihood) of one completion by going through all B! orders of every block."""
     total_elbo = total_likelihood = 0.0
     for b in range(len(completion) // B):
-        log_p = {hidden: one_block_log_probs(model, prompt, completion, hidden, b, B)
-                 for m in range(1, B + 1) for hidden in itertools.combinations(range(B), m)}
-        paths = [sum(log_p[tuple(sorted(order[t:]))][order[t]] for t in range(B)) for order in itertools.permutations(range(B))]
+        log_p = {
+            hidden: one_block_log_probs(model, prompt, completion, hidden, b, B)
+            for m in range(1, B + 1)
+            for hidden in itertools.combinations(range(B), m)
+        }
+        paths = [
+            sum(log_p[tuple(sorted(order[t:]))][order[t]] for t in range(B))
+            for order in itertools.permutations(range(B))
+        ]
         total_elbo += sum(paths) / len(paths)
         total_likelihood += math.log(sum(map(math.exp, paths)) / len(paths))
     return total_elbo, total_likelihood
@@ -361,8 +394,10 @@ def test_exact_values_equal_brute_force_over_all_orders(B):
 
 def test_mean_field_scores_fully_hidden_blocks():
     model, (prompts, completions) = tiny_model(), batch()
-    expected = [sum(sum(one_block_log_probs(model, p, c, [0, 1], b, 2)) for b in range(3))
-                for p, c in zip(prompts.tolist(), completions.tolist())]
+    expected = [
+        sum(sum(one_block_log_probs(model, p, c, [0, 1], b, 2)) for b in range(3))
+        for p, c in zip(prompts.tolist(), completions.tolist())
+    ]
     assert S.mean_field(model, prompts, completions, 2).tolist() == pytest.approx(expected, abs=1e-4)
 
 
@@ -475,11 +510,13 @@ def test_stabledrl_update_lies_in_the_convex_hull_of_its_samples():
 
     def flat_gradient(scalar):
         grads = torch.autograd.grad(scalar, list(model.parameters()), retain_graph=True, allow_unused=True)
-        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(model.parameters(), grads)])
+        return torch.cat(
+            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(model.parameters(), grads)]
+        )
 
     log_prob = S.elbo(model, prompts, completions, masks, 2)
     log_ratio = log_prob - log_prob.detach() + noise
-    corners = torch.stack([a * flat_gradient(l) for a, l in zip(A, log_prob)])                   # the A_j·g_j
+    corners = torch.stack([a * flat_gradient(l) for a, l in zip(A, log_prob)])  # the A_j·g_j
     update = -flat_gradient(S.stabledrl_loss(log_ratio, A, 5.0, G))
     w = torch.linalg.lstsq(corners.T.double(), update[:, None].double()).solution[:, 0]
     assert torch.allclose(w @ corners.double(), update.double(), atol=1e-5 * update.abs().max().item())
@@ -514,9 +551,15 @@ def test_diagnostics_against_plain_loops():
     rho = [math.exp(x) for x in log_ratio]
     ess = [sum(rho[i : i + G]) ** 2 / sum(r * r for r in rho[i : i + G]) for i in (0, 3)]
     got = S.ratio_diagnostics(torch.tensor(log_ratio, requires_grad=True), eps, G, torch.tensor(truth))
-    assert got == pytest.approx({
-        "ratio_max": max(rho), "ess": sum(ess) / 2, "clip_fraction": sum(not 1 - eps <= r <= 1 + eps for r in rho) / 6,
-        "noise_std": statistics.pstdev([a - b for a, b in zip(log_ratio, truth)])}, rel=1e-5)
+    assert got == pytest.approx(
+        {
+            "ratio_max": max(rho),
+            "ess": sum(ess) / 2,
+            "clip_fraction": sum(not 1 - eps <= r <= 1 + eps for r in rho) / 6,
+            "noise_std": statistics.pstdev([a - b for a, b in zip(log_ratio, truth)]),
+        },
+        rel=1e-5,
+    )
     assert "noise_std" not in S.ratio_diagnostics(torch.tensor(log_ratio), eps, G)
 
 
@@ -524,7 +567,11 @@ def test_diagnostics_at_the_extremes():
     """Equal ratios: ESS = G. One outlier: ESS = 1. e^±300 does not overflow."""
     assert S.ratio_diagnostics(torch.zeros(8), 0.2, 4) == {"ratio_max": 1.0, "clip_fraction": 0.0, "ess": 4.0}
     wild = S.ratio_diagnostics(torch.tensor([300.0, 0.0, -300.0, 0.0]), 0.2, 4)
-    assert wild["ess"] == pytest.approx(1) and wild["ratio_max"] == pytest.approx(math.exp(300)) and wild["clip_fraction"] == 0.5
+    assert (
+        wild["ess"] == pytest.approx(1)
+        and wild["ratio_max"] == pytest.approx(math.exp(300))
+        and wild["clip_fraction"] == 0.5
+    )
 
 
 # §8 --------------------------------------------------------------------------------------------------------------------
@@ -537,10 +584,16 @@ def dense_reward(prompt, completion):
 
 def run(out, flags="", policy="--loss stabledrl --estimator elbo"):
     """A tiny run of the real command line -> {run folder's name: (config, rows)}, progress bars and tables unseen."""
-    quiet, dense = contextlib.redirect_stdout(io.StringIO()), mock.patch.object(TASKS["addition"], "reward", dense_reward)
+    quiet, dense = (
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(TASKS["addition"], "reward", dense_reward),
+    )
     with quiet, dense:
         S.main(f"{TINY} {policy} {flags} --out {out}".split())
-    logs = {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()] for path in Path(out).glob("*/log.jsonl")}
+    logs = {
+        path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in Path(out).glob("*/log.jsonl")
+    }
     return {name: (lines[0], lines[1:]) for name, lines in logs.items()}
 
 
@@ -562,10 +615,14 @@ def test_same_seed_same_log_byte_for_byte(tmp_path):
 def test_all_policies_share_base_and_prompts(tmp_path, monkeypatch):
     """The paper's protocol: same base policy, same task stream, same budget for every loss and estimator of a seed."""
     seen, answer = [], S.answer
-    monkeypatch.setattr(S, "answer", lambda model, task, prompts, *a, **k: seen.append(tuple(prompts)) or answer(model, task, prompts, *a, **k))
+    monkeypatch.setattr(
+        S,
+        "answer",
+        lambda model, task, prompts, *a, **k: seen.append(tuple(prompts)) or answer(model, task, prompts, *a, **k),
+    )
     runs = run(tmp_path, policy="--loss grpo stabledrl --estimator elbo exact mean_field")
     assert len(runs) == 6 and Counter(seen).most_common(1)[0][1] > 6
-    rollouts = [prompts for prompts in seen if len(prompts) == 6]     # 2 prompts × 3 completions
+    rollouts = [prompts for prompts in seen if len(prompts) == 6]  # 2 prompts × 3 completions
     assert len(rollouts) == 6 * 2 and rollouts == rollouts[:2] * 6
     assert all(p[0] == p[1] == p[2] and p[3] == p[4] == p[5] for p in rollouts)
     bases = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["base"] for name in runs]
@@ -573,15 +630,15 @@ def test_all_policies_share_base_and_prompts(tmp_path, monkeypatch):
 
 
 def test_log_holds_config_and_documented_columns(tmp_path):
-    (config, rows), = run(tmp_path).values()
+    ((config, rows),) = run(tmp_path).values()
     assert set(config) == {field.name for field in dataclasses.fields(S.Config)} - {"out"}
     assert [row["update"] for row in rows] == [2, 4]
-    table = README[README.index("| column"):].split("\n\n")[0]
+    table = README[README.index("| column") :].split("\n\n")[0]
     assert set(rows[0]) == set(re.findall(r"^\| `(\w+)`", table, re.M))
 
 
 def test_checkpoint_holds_the_trained_policy(tmp_path):
-    (name, (config, rows)), = run(tmp_path).items()
+    ((name, (config, rows)),) = run(tmp_path).items()
     saved = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
     model = S.new_model(TASKS["addition"], types.SimpleNamespace(**config), "cpu")
     model.load_state_dict(saved["model"])
@@ -601,22 +658,34 @@ def test_rows_sum_up_all_updates_since_the_row_before(tmp_path):
 
 def test_ratio_is_one_at_the_first_of_mu_updates_and_noise_is_zero_where_exact(tmp_path):
     """μ = 1 with shared masks or the exact ratio: every ρ̂ is exactly 1. Independent masks: never. μ = 2: θ ≠ θ_old."""
-    for i, (flags, one) in enumerate((("--estimator elbo --mu 1 --masks shared", True), ("--estimator exact --mu 1", True),
-                                      ("--estimator elbo --mu 1", False), ("--estimator exact --mu 2", False))):
+    for i, (flags, one) in enumerate(
+        (
+            ("--estimator elbo --mu 1 --masks shared", True),
+            ("--estimator exact --mu 1", True),
+            ("--estimator elbo --mu 1", False),
+            ("--estimator exact --mu 2", False),
+        )
+    ):
         rows = run(tmp_path / str(i), flags, "--loss grpo")[f"addition-grpo-{flags.split()[1]}-seed0"][1]
         assert all((row["ratio_max"] == 1) == one for row in rows)
         assert all((row["noise_std"] < 1e-5) == ("exact" in flags or "shared" in flags) for row in rows)
 
 
 def test_gradient_norm_is_logged_before_clipping(tmp_path):
-    first = [run(tmp_path / clip, f"--log_every 2 --max_grad_norm {clip}")["addition-stabledrl-elbo-seed0"][1][0] for clip in ("0", "1e-3")]
+    first = [
+        run(tmp_path / clip, f"--log_every 2 --max_grad_norm {clip}")["addition-stabledrl-elbo-seed0"][1][0]
+        for clip in ("0", "1e-3")
+    ]
     assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=0.5) and first[1]["grad_norm"] > 0.01
 
 
 @pytest.mark.parametrize("loss", S.LOSSES)
 def test_one_update_follows_the_advantages(loss):
     """With everything else fixed, one step on the exact ratio makes rewarded completions likelier than the others."""
-    task, config = TASKS["addition"], S.parse(f"--loss {loss} --estimator exact --group_size 4 --prompts 8 --out /tmp".split())[0]
+    task, config = (
+        TASKS["addition"],
+        S.parse(f"--loss {loss} --estimator exact --group_size 4 --prompts 8 --out /tmp".split())[0],
+    )
     model = S.new_model(task, config, "cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rollouts = S.collect(model, task, config, np.random.default_rng(0), seeded(0), seeded(1), with_truth=True)
@@ -631,13 +700,17 @@ def test_pretraining_stops_at_the_accuracy_asked_for_or_says_why_not(tmp_path):
     model = S.pretrain(TASKS["addition"], config, torch.device("cpu"))
     assert 0.004 <= S.accuracy(model, TASKS["addition"], 2) < 0.2
     with pytest.raises(S.TrainingFailed, match="not --base_accuracy 0.9, in 10 updates"):
-        S.pretrain(TASKS["addition"], dataclasses.replace(config, base_accuracy=0.9, pretrain_updates=10), torch.device("cpu"))
+        S.pretrain(
+            TASKS["addition"], dataclasses.replace(config, base_accuracy=0.9, pretrain_updates=10), torch.device("cpu")
+        )
 
 
 def test_non_finite_gradient_stops_the_run_and_keeps_the_log(tmp_path, monkeypatch):
     """Never replaced by a number: a NaN turned into 0 would be the largest weight of its group."""
     calls, elbo = [], S.ESTIMATORS["elbo"]
-    monkeypatch.setitem(S.ESTIMATORS, "elbo", lambda *a: calls.append(1) or elbo(*a) * (math.nan if len(calls) == 6 else 1))
+    monkeypatch.setitem(
+        S.ESTIMATORS, "elbo", lambda *a: calls.append(1) or elbo(*a) * (math.nan if len(calls) == 6 else 1)
+    )
     with pytest.raises(S.TrainingFailed, match="seed0 stopped at update 4: the gradient is nan"):
         run(tmp_path)
     assert len((tmp_path / "addition-stabledrl-elbo-seed0" / "log.jsonl").read_text().splitlines()) == 2
@@ -647,9 +720,26 @@ def test_non_finite_gradient_stops_the_run_and_keeps_the_log(tmp_path, monkeypat
 
 
 OTHER_VALUES = {
-    "loss": "grpo", "estimator": "exact", "masks": "shared", "mc": 3, "clip_eps": 0.01, "seed": 1, "updates": 6, "lr": 0.1,
-    "prompts": 3, "group_size": 4, "mu": 1, "max_grad_norm": 1e-9, "block_size": 1, "d_model": 32, "n_layer": 2, "n_head": 1,
-    "base_accuracy": 0.002, "pretrain_lr": 0.1, "pretrain_updates": 0, "log_every": 4,
+    "loss": "grpo",
+    "estimator": "exact",
+    "masks": "shared",
+    "mc": 3,
+    "clip_eps": 0.01,
+    "seed": 1,
+    "updates": 6,
+    "lr": 0.1,
+    "prompts": 3,
+    "group_size": 4,
+    "mu": 1,
+    "max_grad_norm": 1e-9,
+    "block_size": 1,
+    "d_model": 32,
+    "n_layer": 2,
+    "n_head": 1,
+    "base_accuracy": 0.002,
+    "pretrain_lr": 0.1,
+    "pretrain_updates": 0,
+    "log_every": 4,
 }
 
 
@@ -667,7 +757,9 @@ def baseline(tmp_path_factory):
     return {flags: outcome(tmp_path_factory.mktemp("baseline"), flags) for flags in ("", "--base_accuracy 0.001")}
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(S.Config) if f.name not in ("task", "device", "out")])
+@pytest.mark.parametrize(
+    "name", [f.name for f in dataclasses.fields(S.Config) if f.name not in ("task", "device", "out")]
+)
 def test_no_flag_is_dead(name, baseline, tmp_path):
     """Every flag with another value changes what the log says (or stops pretraining, for its limit)."""
     flags = "--base_accuracy 0.001" if name.startswith("pretrain") else ""
@@ -677,20 +769,39 @@ def test_no_flag_is_dead(name, baseline, tmp_path):
 
 
 BAD_INPUT = {
-    "--lerning_rate 1": "unrecognized arguments", "--up 5": "unrecognized arguments", "--updates ten": "--updates: invalid int",
-    "--updates 1.5": "--updates: invalid int", "--lr nan": "--lr: invalid number", "--lr 0": "--lr and --pretrain_lr must be positive",
-    "--task chess": "--task: invalid choice", "--loss ppo": "--loss: invalid choice", "--estimator magic": "--estimator: invalid choice",
-    "--masks none": "--masks: invalid choice", "--device tpu": "--device: invalid choice", "--mc 0": "--mc must be at least 1",
-    "--group_size 1": "--group_size must be at least 2", "--clip_eps -1": "--clip_eps must be at least 0", "--mu 0": "--mu must be at least 1",
-    "--updates 0": "--updates must be at least 1", "--prompts 0": "--prompts must be at least 1", "--seed -1": "--seed must be at least 0",
-    "--block_size 3": "--block_size must divide both lengths of addition, 6 and 4", "--block_size 0": "--block_size must be at least 1",
-    "--d_model 30": "--d_model must be a multiple of twice --n_head", "--n_head 0": "--n_head must be at least 1",
-    "--mu 3": "--log_every must be a multiple of --mu", "--updates 30": "--updates must be a multiple of --log_every",
-    "--max_grad_norm -1": "--max_grad_norm must be at least 0", "--base_accuracy 2": "--base_accuracy must be from 0 to 1",
-    "--seed 1 1": "every value once", "--loss": "expected at least one argument", "--plot nowhere": "--plot: ", "--out /dev/null/x": "--out: ",
+    "--lerning_rate 1": "unrecognized arguments",
+    "--up 5": "unrecognized arguments",
+    "--updates ten": "--updates: invalid int",
+    "--updates 1.5": "--updates: invalid int",
+    "--lr nan": "--lr: invalid number",
+    "--lr 0": "--lr and --pretrain_lr must be positive",
+    "--task chess": "--task: invalid choice",
+    "--loss ppo": "--loss: invalid choice",
+    "--estimator magic": "--estimator: invalid choice",
+    "--masks none": "--masks: invalid choice",
+    "--device tpu": "--device: invalid choice",
+    "--mc 0": "--mc must be at least 1",
+    "--group_size 1": "--group_size must be at least 2",
+    "--clip_eps -1": "--clip_eps must be at least 0",
+    "--mu 0": "--mu must be at least 1",
+    "--updates 0": "--updates must be at least 1",
+    "--prompts 0": "--prompts must be at least 1",
+    "--seed -1": "--seed must be at least 0",
+    "--block_size 3": "--block_size must divide both lengths of addition, 6 and 4",
+    "--block_size 0": "--block_size must be at least 1",
+    "--d_model 30": "--d_model must be a multiple of 2·--n_head",
+    "--n_head 0": "--n_head must be at least 1",
+    "--mu 3": "--log_every must be a multiple of --mu",
+    "--updates 30": "--updates must be a multiple of --log_every",
+    "--max_grad_norm -1": "--max_grad_norm must be at least 0",
+    "--base_accuracy 2": "--base_accuracy must be from 0 to 1",
+    "--seed 1 1": "every value once",
+    "--loss": "expected at least one argument",
+    "--plot nowhere": "--plot: ",
+    "--out /dev/null/x": "--out: ",
 }
 if not torch.cuda.is_available():
-    BAD_INPUT["--device cuda"] = "no CUDA device is available: use --device cpu"
+    BAD_INPUT["--device cuda"] = "there is no CUDA device; use --device cpu"
 
 
 @pytest.mark.parametrize("flags", BAD_INPUT)
@@ -717,31 +828,70 @@ def test_no_flags_mean_the_main_job(tmp_path, monkeypatch):
     """Three policies, at least 1,200 updates, one learning rate, ε of each loss; several values mean their product."""
     monkeypatch.chdir(tmp_path)
     configs = S.parse([])
-    assert [(c.loss, c.estimator, c.clip_eps) for c in configs] == [("grpo", "elbo", 0.2), ("grpo", "exact", 0.2), ("stabledrl", "elbo", 5)]
-    assert all(dataclasses.replace(c, loss="", estimator="", clip_eps=0) == dataclasses.replace(configs[0], loss="", estimator="", clip_eps=0) for c in configs)
+    assert [(c.loss, c.estimator, c.clip_eps) for c in configs] == [
+        ("grpo", "elbo", 0.2),
+        ("grpo", "exact", 0.2),
+        ("stabledrl", "elbo", 5),
+    ]
+    assert all(
+        dataclasses.replace(c, loss="", estimator="", clip_eps=0)
+        == dataclasses.replace(configs[0], loss="", estimator="", clip_eps=0)
+        for c in configs
+    )
     assert configs[0].updates >= 1200 and configs[0].masks == "independent"
     product = S.parse("--loss grpo stabledrl --estimator exact mean_field --seed 3 4".split())
-    assert [(c.seed, c.loss, c.estimator) for c in product] == list(itertools.product((3, 4), ("grpo", "stabledrl"), ("exact", "mean_field")))
+    assert [(c.seed, c.loss, c.estimator) for c in product] == list(
+        itertools.product((3, 4), ("grpo", "stabledrl"), ("exact", "mean_field"))
+    )
 
 
 def fake_result(loss, estimator, base, curve):
-    rows = [{"update": 20 * (i + 1), "reward": r, "accuracy": 0.5, "ratio_max": 10.0, "noise_std": 1.0} for i, r in enumerate(curve)]
+    rows = [
+        {"update": 20 * (i + 1), "reward": r, "accuracy": 0.5, "ratio_max": 10.0, "noise_std": 1.0}
+        for i, r in enumerate(curve)
+    ]
     return S.Config(loss=loss, estimator=estimator, updates=20 * len(rows)), base, rows
 
 
 def test_the_verdict_follows_from_the_numbers():
     """The same words must not come out whatever happens."""
     rising, flat, low, middle = [0.02 * i + 0.2 for i in range(20)], [0.5] * 20, [0.01] * 20, [0.2] * 20
-    words = "\n".join(S.report([fake_result("grpo", "elbo", 0.2, low), fake_result("grpo", "exact", 0.2, flat), fake_result("stabledrl", "elbo", 0.2, rising)]))
-    assert "grpo / elbo collapsed: mean reward 0.200 -> 0.010, 0.05 times the base" in words and "So noise is the cause" in words
+    words = "\n".join(
+        S.report(
+            [
+                fake_result("grpo", "elbo", 0.2, low),
+                fake_result("grpo", "exact", 0.2, flat),
+                fake_result("stabledrl", "elbo", 0.2, rising),
+            ]
+        )
+    )
+    assert (
+        "grpo / elbo collapsed: mean reward 0.200 -> 0.010, 0.05 times the base" in words
+        and "So noise is the cause" in words
+    )
     assert "grpo / exact learned: mean reward" in words and "stabledrl / elbo learned, and was still rising" in words
-    assert "0.200 -> 0.540, 2.70 times" in words                     # the mean of the last 100 updates = 5 rows
-    words = "\n".join(S.report([fake_result("grpo", "elbo", 0.2, flat), fake_result("grpo", "exact", 0.2, low), fake_result("stabledrl", "elbo", 0.2, middle)]))
-    assert "grpo / elbo learned" in words and "grpo / exact collapsed" in words and "stabledrl / elbo gained nothing" in words
+    assert "0.200 -> 0.540, 2.70 times" in words  # the mean of the last 100 updates = 5 rows
+    words = "\n".join(
+        S.report(
+            [
+                fake_result("grpo", "elbo", 0.2, flat),
+                fake_result("grpo", "exact", 0.2, low),
+                fake_result("stabledrl", "elbo", 0.2, middle),
+            ]
+        )
+    )
+    assert (
+        "grpo / elbo learned" in words
+        and "grpo / exact collapsed" in words
+        and "stabledrl / elbo gained nothing" in words
+    )
     assert "So noise is the cause" not in words and "does not show that noise is the cause" in words
     assert "lost ground" in "\n".join(S.report([fake_result("grpo", "elbo", 0.3, middle)]))
     two = S.report([fake_result("grpo", "elbo", 0.2, middle), fake_result("grpo", "elbo", 0.4, flat)])
-    assert f"{0.3:.3f} ± {statistics.stdev([0.2, 0.4]):.3f}" in two[1] and f"{0.35:.3f} ± {statistics.stdev([0.2, 0.5]):.3f}" in two[1]
+    assert (
+        f"{0.3:.3f} ± {statistics.stdev([0.2, 0.4]):.3f}" in two[1]
+        and f"{0.35:.3f} ± {statistics.stdev([0.2, 0.5]):.3f}" in two[1]
+    )
 
 
 def test_main_prints_table_verdict_answers_and_places(tmp_path, capsys):
@@ -767,18 +917,45 @@ def test_plot_draws_logged_runs_or_says_what_is_missing(tmp_path, monkeypatch, c
 
 def test_importing_does_nothing_visible():
     """No output, no seeding, no thread or default changes; and toy_tasks needs no torch."""
-    program = ("import sys, toy_tasks; assert 'torch' not in sys.modules; import torch, random, numpy as np; "
-               "state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype(); "
-               "import stabledrl; now = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype(); "
-               "assert torch.equal(state[0], now[0]) and state[1:] == now[1:]; assert 'matplotlib' not in sys.modules")
+    program = (
+        "import sys, toy_tasks; assert 'torch' not in sys.modules; import torch, random, numpy as np; "
+        "state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype(); "
+        "import stabledrl; now = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype(); "
+        "assert torch.equal(state[0], now[0]) and state[1:] == now[1:]; assert 'matplotlib' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # toy_tasks -------------------------------------------------------------------------------------------------------------
 
-ADVERSARIAL = ["", ".", "....", "46", "46.", "46...", " 46.", "46..\n", "\n46..", "+46.", "046.", "4_6.", "٤٦..", "４６..", "4６..", "1e1.",
-               "9**9**9", "(" * 100_000, "4" * 100_000, "\0\0\0\0", "[MASK]", "nan.", "46.0", "𝟒𝟔..", "46..".encode().decode("utf-16-le")]
+ADVERSARIAL = [
+    "",
+    ".",
+    "....",
+    "46",
+    "46.",
+    "46...",
+    " 46.",
+    "46..\n",
+    "\n46..",
+    "+46.",
+    "046.",
+    "4_6.",
+    "٤٦..",
+    "４６..",
+    "4６..",
+    "1e1.",
+    "9**9**9",
+    "(" * 100_000,
+    "4" * 100_000,
+    "\0\0\0\0",
+    "[MASK]",
+    "nan.",
+    "46.0",
+    "𝟒𝟔..",
+    "46..".encode().decode("utf-16-le"),
+]
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -805,8 +982,13 @@ def test_addition_rewards_the_sum_and_nothing_else():
     for a, b in itertools.product(range(100), repeat=2):
         assert task.reward(f"{a:02d}+{b:02d}=", f"{a + b}...."[:4]) == 1.0
         assert task.reward(f"{a:02d}+{b:02d}=", f"{a + b + 1}...."[:4]) == 0.0
-    assert ["".join(y) for y in itertools.product(task.vocab, repeat=4) if task.reward("57+67=", "".join(y))] == ["124."]
-    pairs = {split: {tuple(sorted((p[:2], p[3:5]))) for p in task.sample(np.random.default_rng(0), 60_000, split)[0]} for split in ("train", "test")}
+    assert ["".join(y) for y in itertools.product(task.vocab, repeat=4) if task.reward("57+67=", "".join(y))] == [
+        "124."
+    ]
+    pairs = {
+        split: {tuple(sorted((p[:2], p[3:5]))) for p in task.sample(np.random.default_rng(0), 60_000, split)[0]}
+        for split in ("train", "test")
+    }
     assert not pairs["train"] & pairs["test"] and len(pairs["train"]) == 4545 and len(pairs["test"]) == 505
 
 
@@ -814,7 +996,10 @@ def test_addition_explains_mistakes_in_words():
     explain = TASKS["addition"].explain
     assert explain("18+05=", "13..") == "should be 23..: off by -10 (the carry is lost)"
     assert explain("12+05=", "27..") == "should be 17..: off by +10 (a carry that is not there)"
-    assert explain("18+05=", "33..") == "should be 23..: off by +10" and explain("12+05=", "7...") == "should be 17..: off by -10"
+    assert (
+        explain("18+05=", "33..") == "should be 23..: off by +10"
+        and explain("12+05=", "7...") == "should be 17..: off by -10"
+    )
     assert explain("18+05=", "2.3.") == "should be 23..: this is not a number followed by dots"
     assert explain("01+02=", "03..") == "should be 3...: the right number, written the wrong way"
     assert explain("1+2=", "3...") == "not a prompt of this task"
@@ -856,5 +1041,11 @@ def test_grpo_collapses_on_the_estimate_and_learns_on_the_exact_ratio(tmp_path):
     for path in tmp_path.glob("*/log.jsonl"):
         config, *rows = map(json.loads, path.read_text().splitlines())
         final[config["loss"], config["estimator"]] = statistics.mean(row["reward"] for row in rows[-5:])
-    base = S.sampled_reward(S.pretrain(TASKS["addition"], S.parse([])[0], torch.device("cpu")), TASKS["addition"], S.parse([])[0])
-    assert final["grpo", "elbo"] < base / 2 and final["grpo", "exact"] > base and final["stabledrl", "elbo"] > 3 * final["grpo", "elbo"]
+    base = S.sampled_reward(
+        S.pretrain(TASKS["addition"], S.parse([])[0], torch.device("cpu")), TASKS["addition"], S.parse([])[0]
+    )
+    assert (
+        final["grpo", "elbo"] < base / 2
+        and final["grpo", "exact"] > base
+        and final["stabledrl", "elbo"] > 3 * final["grpo", "elbo"]
+    )

@@ -53,5 +53,5 @@ def explain(prompt, completion):
     if error == 0:
         return f"should be {answer}: the right number, written the wrong way"
     carries = int(prompt[1]) + int(prompt[4]) > 9
-    hint = " (the carry is lost)" if error == -10 and carries else " (a carry that is not there)" if error == 10 and not carries else ""
-    return f"should be {answer}: off by {error:+d}{hint}"
+    hints = {(-10, True): " (the carry is lost)", (10, False): " (a carry that is not there)"}
+    return f"should be {answer}: off by {error:+d}{hints.get((error, carries), '')}"
