@@ -6,30 +6,32 @@ toy arithmetic, where the likelihood that no large diffusion model can compute i
 the paper reasons about can be measured, and removed. Importing the file does nothing; every function can be used alone.
 
 Why GRPO breaks on a diffusion model, in five lines:
-  1. A diffusion language model writes its tokens in any order, so log π(completion) is a sum over orders: intractable.
-     It is replaced by a Monte-Carlo *estimate* L̂, and the importance ratio ρ = π_θ/π_old by ρ̂ = exp(L̂_θ − L̂_old).
-  2. exp turns symmetric noise in L̂ into a long tail: a rollout whose true ratio is 1 gets ρ̂ = 50, or 100,000.
+  1. A diffusion language model writes its tokens in any order, so π(completion) is a sum over orders: intractable. Its
+     log is replaced by a Monte-Carlo *estimate* L̂, and the importance ratio ρ = π_θ/π_old by ρ̂ = exp(L̂_θ − L̂_old).
+  2. exp turns the noise of L̂_θ − L̂_old into a long tail: rollouts whose true ratio is 1 get ρ̂ = 50, or 100,000.
   3. GRPO's clip is conditional. Where A < 0 and ρ̂ > 1+ε it does not bind: noise multiplies the gradient, unbounded.
-  4. One such spike moves the policy far; now log π_θ − log π_old is larger, and noisier; the next spike is larger.
-  5. The reward collapses. StableDRL (§6) clips every ratio and divides by their sum: no update can be out of bounds.
+  4. The whole update then follows that one rollout. The policy drifts, and with it, says the paper, the noise grows.
+  5. The reward collapses. StableDRL (§6) clips every ratio and divides by their sum: no rollout has unbounded weight.
 
 How to read it: §6 is the paper. §2, §3 and §5 say where the noisy ratio comes from. The rest is what makes it run.
   §1 Transformer                 §4 Rollout              §7 Diagnostics
   §2 Masks                       §5 The exact answers    §8 Training
   §3 Forward process and ELBO    §6 The two losses       §9 Command line
 
-Notation: the paper's symbol, the name here, its shape.
+Notation: the paper's symbol, the name here, its shape. θ are the weights now, "old" those that sampled the completions;
+a hat marks an estimate (ρ̂, L̂), no hat the truth (ρ); g_j is the gradient of L̂_θ(y_j).
   q      prompts       (N, P)      rows are group-major: rows i·G .. (i+1)·G−1 share one prompt
-  y      completions   (N, L)      L tokens in L/B blocks
+  y      completions   (N, L)      L tokens in L/B blocks; in the toy task "12+34=" -> "46..", P = 6, L = 4, B = 2
   B      block_size                tokens of one block are denoised together; P and L are multiples of B
-  K      copies, --mc              Monte-Carlo samples (noisy copies of y) behind one estimate L̂; the default is 1
+  K      copies, --mc              Monte-Carlo samples (noisy copies of y) behind one estimate; the default is 1
   m      m                         masked tokens of one block of one noisy copy, 1 .. B
   G      group_size                completions per prompt; N is a multiple of G
   L̂_θ    log_prob      (N,)        an estimate of log π_θ(y|q) in nats, summed over the tokens
-  log ρ̂  log_ratio     (N,)        L̂_θ − L̂_old
+  log ρ̂  log_ratio     (N,)        L̂_θ − L̂_old, one number per completion
   A      advantages    (N,)        how much better than its group a completion was
   ε      clip_eps                  ratios are clipped to [1−ε, 1+ε]
   μ      mu                        optimiser steps ("updates") that reuse one batch of rollouts
+In shape comments S and T count tokens, H heads, D features per head.
 
 Simplified vs the paper:
   * A 0.1 M-parameter model and a toy task instead of 8 B parameters and GSM8K, MATH, Countdown, Sudoku.
@@ -39,7 +41,7 @@ Simplified vs the paper:
   * The clip is two-sided as in the paper. For ε ≥ 1, such as the default 5, only its upper end can bind.
   * Completions have one fixed length, and the filler "." is a token like any other: the likelihood covers exactly what
     the sampler chose, and no padding mask exists anywhere.
-  * No KL penalty, no dropout, no mixed precision: nothing between the method and what you see.
+  * No KL penalty, no dropout, no mixed precision. AdamW and a clip of the gradient's norm, the same for both losses.
 
   python stabledrl.py                                       the main job: GRPO collapses, StableDRL learns
   python stabledrl.py --loss stabledrl --updates 4000       one policy, further
@@ -139,7 +141,7 @@ class BlockDiffusionTransformer(nn.Module):
         """tokens (N,S) long, positions (S,) long, mask (S,S) bool, True = may attend -> logits (N,S,vocab_size).
 
         With a cache from `new_cache`, mask is (S,T): the S tokens are the last of T; the T−S before them are in the
-        cache, and theirs are written to it. Calling again with the same tokens, changed, overwrites them (§4).
+        cache, and the keys and values of the S are added to it; a later call for the same places overwrites them (§4).
         """
         frequencies = 10_000.0 ** -torch.arange(0, 1, 2 / self.head_dim, device=tokens.device)   # (D/2,)
         turns = torch.exp(1j * positions[:, None] * frequencies)[:, None, None]                  # (S, 1, 1, D/2)
@@ -161,8 +163,8 @@ class BlockDiffusionTransformer(nn.Module):
 # To score block b, the model must read the clean tokens before b, and a noisy version of b. Done naively that is one
 # pass per block. The staircase does all at once: the sequence is laid out twice, clean and noisy. The clean half gives
 # the histories, the noisy half asks the questions. A noisy token may look at clean blocks *strictly before* its own:
-# with >= in place of that one >, it would read its own answer, the loss would fall to 0, and nothing would be learned.
-# K noisy copies with different masks share the one clean half, so K Monte-Carlo samples cost one pass as well.
+# with >= in place of that one >, it would read its own answer, the loss would fall to 0, and it would learn to copy.
+# K noisy copies with different masks share the one clean half, so K Monte-Carlo samples take one (longer) pass.
 # ======================================================================================================================
 
 
@@ -193,8 +195,8 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     """(S, S) bool, True = row may attend to column, for [prompt | clean completion | noisy copy 1 | .. | noisy copy K].
 
     Source: the paper's staircase attention, the same algebra as the mask of BD3-LM (Arriola et al. 2025), with a
-    prompt that is never noised and never copied. AssertionError if P or L is not a multiple of B: then training and
-    sampling would cut the sequence into different blocks. For P = 2, L = 4, B = 2, K = 2:
+    prompt that is never noised and never copied. AssertionError if P or L is not a multiple of B, since training and
+    sampling would then cut the sequence into different blocks. For P = 2, L = 4, B = 2, K = 2:
 
                       prompt  clean     copy 1    copy 2
         prompt          # #   . . . .   . . . .   . . . .
@@ -235,9 +237,11 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 # model is asked for the hidden ones. Why does that bound a likelihood? Let the model write a block token by token, in
 # random order: log π = log(mean over orders of ∏ p) ≥ mean over orders of Σ log p (Jensen). The right side needs no
 # orders: at a random step of a random order, the hidden tokens are a random set of m, m is uniform, and the next one to
-# be revealed is any of the m. There are B steps, and a mean over m candidates is a sum over m. Hence the weight B/m:
+# be revealed is any of the m. B steps, each the mean over the m candidates, (1/m)·Σ log p. Hence the weight B/m:
 #
 #     ELBO(y) = E_masks  Σ_blocks  B/m · Σ_i 1[y_i masked] · log p_θ(y_i | noisy block, clean history)   ≤   log π_θ(y)
+#
+# (the inner sum runs over the B tokens of a block, and m is that block's own count).
 #
 # Pretraining maximises it over data. RL uses a sample of it, with K draws of the masks, as L̂. Same line, two jobs.
 # ======================================================================================================================
@@ -261,8 +265,8 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     positions = staircase_positions(P, L, K, tokens.device)
     mask = staircase_mask(P, L, block_size, K, tokens.device)
     log_p = model(tokens, positions, mask)[:, P + L :].log_softmax(-1).view(N, K, L, -1)         # (N, K, L, vocab)
-    answers = completions[:, None, :, None].expand(N, K, L, 1)
-    return log_p.gather(-1, answers).squeeze(-1)                                                 # (N, K, L)
+    targets = completions[:, None, :, None].expand(N, K, L, 1)
+    return log_p.gather(-1, targets).squeeze(-1)                                                 # (N, K, L)
 
 
 def elbo(model, prompts, completions, masks, block_size):
@@ -286,7 +290,7 @@ def pretraining_loss(model, prompts, completions, masks, block_size):
 # What it teaches: sampling, and which of its choices have a probability that somebody can compute.
 #
 # Blocks are written left to right. Inside a block one token is revealed per step, and the model looks again after each.
-# order="random" picks the place by a fair die that does not depend on the model: then π(y) is a plain mixture over
+# order="random" draws the order of a block's places by lot, whatever the model says: then π(y) is a plain mean over
 # orders, and §5 computes it exactly. This is the policy that RL trains. order="confidence" picks the place where the
 # model is surest. It answers better, but the place now depends on all the probabilities, and the likelihood of y under
 # *that* policy is another, harder sum: so it is used for evaluation only.
@@ -313,12 +317,12 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
     known = 0                                                         # the cache holds tokens[:, :known] for good
     for start in range(P, P + L, B):
         end = start + B
-        dice = torch.rand(N, B, generator=generator, device=device)                              # (N, B)
+        lots = torch.rand(N, B, generator=generator, device=device)       # (N, B) the highest place is revealed first
         for step in range(B):
             logits = model(tokens[:, known:end], positions[known:end], may_attend[known:end, :end], cache)[:, -B:]
             known = start
             probs = (logits / (temperature or 1.0)).softmax(-1)                                  # (N, B, vocab)
-            score = dice if order == "random" else probs.amax(-1)
+            score = lots if order == "random" else probs.amax(-1)
             hidden = tokens[:, start:end] == model.mask_id
             place = score.masked_fill(~hidden, -1.0).argmax(-1)                                  # (N,)
             probs = probs[rows, place]                                                           # (N, vocab)
@@ -332,21 +336,23 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 #
 # What it teaches: what L̂ is an estimate *of*, what the truth costs, and how much noise exp makes of the difference.
 #
-# A block of B tokens has only 2^B − 1 ways to hide something. For B = 2 that is 3: give each a noisy copy, and one
-# pass holds every conditional that the model can be asked for. A weighted sum of them is the ELBO without noise; a sum
-# over the paths from "all hidden" to "none hidden" is log π itself. Real models use blocks of 32: 4 billion copies.
+# A block of B tokens has only 2^B − 1 ways to hide something. For B = 2 that is 3: give each a noisy copy, and one pass
+# holds every conditional that the model can be asked for. A weighted sum of them is the ELBO without noise; a sum over
+# the paths from "all hidden" to "none hidden" is log π itself. Real models use blocks of 32: 4 billion copies.
 #
-# What is wrong with an estimate, then? ELBO ≤ log π is a *bias*. It is much the same before and after an update, and
-# nearly cancels in L̂_θ − L̂_old. The Monte-Carlo *noise* does not: if each L̂ has a standard deviation of 1 nat, the
-# difference of two independent ones has 1.4, and ρ̂ = exp(1.4·z) passes 50 at z = 2.8, for one rollout in 400, in every
-# update, while the true ratio stays close to 1. (With the *same* masks in both, most of the noise cancels as well:
-# --masks shared. And mean_field, which hides everything, has none; but it is the likelihood of another policy.)
+# What is wrong with an estimate, then? ELBO ≤ log π is a *bias*. It is small here (0.04 nats at the base policy),
+# depends on the model, not on luck, and nearly cancels in L̂_θ − L̂_old; estimator exact_elbo has this bias and no noise.
+# The Monte-Carlo *noise* does not cancel. At the base policy, before any update, when the true ratio is exactly 1, log
+# ρ̂ has a standard deviation of 2 nats with K = 1, and long tails: one ρ̂ in 32 is above 50, one in 1,000 above 100,000
+# (README). More copies lower it as 1/√K. Sharing the masks between L̂_old and L̂_θ makes most of it cancel (--masks
+# shared): wherever that can be done, do it first. mean_field, which hides everything, has none; but it is another
+# policy's likelihood.
 # ======================================================================================================================
 
 
 def mean_field(model, prompts, completions, block_size):
     """The one-step proxy (N,): every block fully hidden, all its tokens scored at once, as if they were independent.
-    No noise, but a bias that training can widen: this is the log-likelihood of a sampler that nobody runs."""
+    No chance in it, but a bias: this is the log-likelihood of a sampler that writes a block in one step."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]                         # (N, 1, L)
     return token_log_probs(model, prompts, completions, everything, block_size).sum((-2, -1))
 
@@ -366,7 +372,7 @@ def exact_elbo(model, prompts, completions, block_size):
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
     m = patterns.sum(-1, keepdim=True)                                                           # (2^B−1, 1)
     ways = torch.tensor([math.comb(block_size, i) for i in range(block_size + 1)], device=m.device)[m]
-    probability = 1 / (block_size * ways)               # a count of B, then one of the C(B, m) patterns with that count
+    probability = 1 / (block_size * ways)        # one of B counts m, then one of the C(B, m) patterns with that count
     weight = probability * (block_size / m) * patterns                                           # (2^B−1, B)
     return (weight[:, None] * log_p).sum((1, 2, 3))
 
@@ -398,6 +404,7 @@ MAX_EXACT_BLOCK = 8  # 255 copies: above this, --estimator exact is refused, and
 ESTIMATORS = {
     "elbo": elbo,
     "mean_field": lambda model, prompts, completions, masks, B: mean_field(model, prompts, completions, B),
+    "exact_elbo": lambda model, prompts, completions, masks, B: exact_elbo(model, prompts, completions, B),
     "exact": lambda model, prompts, completions, masks, B: exact_log_likelihood(model, prompts, completions, B),
 }
 
@@ -405,27 +412,31 @@ ESTIMATORS = {
 # ======================================================================================================================
 # §6  The two losses
 #
-# What it teaches: the quadrant that GRPO leaves open, and the two lines that close it.
+# What it teaches: the corner that GRPO leaves open, and the two lines that close it (marked below).
 #
-# GRPO minimises −mean min(ρ̂A, clip(ρ̂)A). Its gradient is −A·ρ̂·∇L̂_θ where the first term is the smaller one, and 0
-# where the clipped one is. So what multiplies A·∇L̂_θ?
+# There is one ratio per completion, not one per token: an ELBO belongs to the whole sequence, and sums all its noise.
+# Either loss multiplies A·∇L̂_θ by a weight and divides. GRPO minimises −mean min(ρ̂A, clip(ρ̂)A): its weight is ρ̂ where
+# the first term is the smaller, and 0 where the clipped one, a constant, is.
 #
-#                      A > 0 (make it likelier)        A < 0 (make it less likely)
-#     ρ̂ < 1−ε          ρ̂       small                   0       it has gone far enough down
-#     in between       ρ̂       the policy gradient     ρ̂       the policy gradient
-#     ρ̂ > 1+ε          0       it has gone far up      ρ̂       WITHOUT BOUND
+#                  GRPO, A > 0      GRPO, A < 0            StableDRL, either sign
+#     ρ̂ < 1−ε      ρ̂                0                      1−ε (if ε ≥ 1: ρ̂)
+#     in between   ρ̂                ρ̂                      ρ̂
+#     ρ̂ > 1+ε      0                ρ̂, WITHOUT BOUND       1+ε
+#     divisor      N                N                      Σ of the group's weights, then the number of groups
 #
-# The last cell is meant well: a bad completion that has become likelier must be pulled back hard. That is right for an
-# exact ratio, which is rarely far from 1. It is fatal for an estimate, where ρ̂ = 1,000 says only that noise was 6.9
-# nats: one rollout then has 1,000 times the weight of the others. (Clipping the gradient's norm does not help: it makes
-# the step shorter, and leaves its direction to that one rollout.)
+# GRPO's open corner is meant well: a bad completion that has become likelier must be pulled back hard. That is right
+# for an exact ratio, which is rarely far from 1. For an estimate, ρ̂ = 1,000 says only that noise was 6.9 nats, and the
+# update is that one rollout. Clipping the gradient's norm makes such a step shorter, and leaves it its direction.
 #
-# StableDRL changes two things, per group of G completions of one prompt:
-#     unconditional clip   w_j = clip(ρ̂_j, 1−ε, 1+ε), whatever the sign of A: at most 1+ε, whatever the noise
-#     self-normalisation   ∇J = Σ_j w_j A_j g_j / Σ_i w_i with g_j = ∇L̂_θ(y_j): a weighted mean of the A_j·g_j. It lies
-#                          in their convex hull: its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are
-# The weights are constants for the gradient (detached): a weight says how much a sample counts, not where to go.
-# At ρ̂ = 1 both losses have the same gradient, −mean A·∇L̂_θ: the plain policy gradient. Their *values* mean nothing.
+# StableDRL clips whatever the sign of A, and divides by the weights' sum: per group of G completions of one prompt,
+#     ∇J = Σ_j w_j A_j g_j / Σ_i w_i,   w_j = clip(ρ̂_j, 1−ε, 1+ε),   g_j = ∇L̂_θ(y_j)
+# It is a weighted mean, so it lies in the convex hull of the A_j·g_j, and its norm is at most max_j |A_j|·‖g_j‖,
+# whatever the ratios are. One outlier may still rule its own group, but no group has more than its 1 in N/G. The w are
+# detached: else the product rule would add a term with ∇w, which is no combination of the A_j·g_j. ε means two things:
+# in GRPO a trust region, 0.2; here the place where the tail is cut off, 5 in the paper. The price: good completions are
+# pushed up further even where ρ̂ > 1+ε, so with an accurate ratio GRPO has the better brake.
+#
+# At ρ̂ = 1 both losses have the same gradient, −mean A·g: the plain policy gradient. Their *values* mean nothing.
 # ======================================================================================================================
 
 
@@ -440,7 +451,7 @@ def group_advantages(rewards, group_size):
 
 def grpo_loss(log_ratio, advantages, clip_eps):
     """GRPO: (N,), (N,) -> scalar. The clip binds only where it lowers the objective; the divisor is the fixed N.
-    In float64, where a ratio overflows at e^709 and not at e^88."""
+    In float64: float32 ends at e^88, and there the corners that are clipped to 0 would turn into 0·∞ = NaN."""
     ratio = log_ratio.double().exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     per_sequence = torch.minimum(ratio * advantages, clipped * advantages)
@@ -451,8 +462,8 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     """StableDRL: (N,), (N,) -> scalar. The clip always binds; the divisor is the sum of the group's clipped ratios.
     Clipped ratios over their sum = softmax of their logs, in which nothing can overflow. Mean over the groups."""
     log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
-    clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))
-    weights = clipped.view(-1, group_size).softmax(-1).flatten()                                 # (N,) sum 1 per group
+    log_clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))     # line 1: unconditional clip
+    weights = log_clipped.view(-1, group_size).softmax(-1).flatten()              # line 2: self-normalisation, (N,)
     per_sequence = weights * advantages * log_ratio
     return -per_sequence.view(-1, group_size).sum(-1).mean()
 
@@ -594,13 +605,13 @@ def pretrain(task, config, device):
 
 
 @torch.no_grad()
-def collect(model, task, config, rng, samples, masks, with_truth):
+def collect(model, task, config, rng, sample_stream, mask_stream, with_truth):
     """Sample --prompts × --group_size completions, judge them, and estimate their log-probability -> Rollouts.
-    rng, samples and masks are the random streams of the prompts, of the sampler and of the Monte-Carlo masks."""
+    The streams are those of the prompts (rng), of the sampler and of the Monte-Carlo masks."""
     texts, _ = task.sample(rng, config.prompts, "train")
     texts = [text for text in texts for _ in range(config.group_size)]                           # group-major
-    prompts, completions, rewards, _ = answer(model, task, texts, config.block_size, generator=samples)
-    hidden = sample_masks(len(texts), config.mc, task.completion_len, config.block_size, masks)
+    prompts, completions, rewards, _ = answer(model, task, texts, config.block_size, generator=sample_stream)
+    hidden = sample_masks(len(texts), config.mc, task.completion_len, config.block_size, mask_stream)
     return Rollouts(
         prompts=prompts, completions=completions, reward=rewards.mean().item(), masks=hidden,
         advantages=group_advantages(rewards, config.group_size),
@@ -609,10 +620,10 @@ def collect(model, task, config, rng, samples, masks, with_truth):
     )
 
 
-def policy_update(model, optimizer, rollouts, config, masks):
+def policy_update(model, optimizer, rollouts, config, mask_stream):
     """One optimiser step on one batch of rollouts -> dict: the diagnostics of §7, and grad_norm before clipping."""
     prompts, completions, B = rollouts.prompts, rollouts.completions, config.block_size
-    hidden = rollouts.masks if config.masks == "shared" else sample_masks(*rollouts.masks.shape, B, masks)
+    hidden = rollouts.masks if config.masks == "shared" else sample_masks(*rollouts.masks.shape, B, mask_stream)
     log_prob = ESTIMATORS[config.estimator](model, prompts, completions, hidden, B)              # (N,) L̂_θ
     log_ratio = log_prob - rollouts.old_log_prob
     truth = None
@@ -648,7 +659,7 @@ def train(base, task, config, device):
     model.load_state_dict(base)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     rng = np.random.default_rng([config.seed, 1])
-    samples, masks = stream(config, "samples", device), stream(config, "masks", device)
+    sample_stream, mask_stream = stream(config, "samples", device), stream(config, "masks", device)
     folder, rows, recent, start = run_folder(config), [], [], time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.jsonl", "w") as log, tqdm(total=config.updates, desc=folder.name, leave=False) as bar:
@@ -656,10 +667,11 @@ def train(base, task, config, device):
         log.write(json.dumps({name: value for name, value in settings.items() if name != "out"}) + "\n")
         for update in range(1, config.updates + 1):
             if (update - 1) % config.mu == 0:                         # θ_old = θ: a fresh batch
-                measure = (update - 1 + config.mu) % config.log_every == 0 and config.block_size <= MAX_EXACT_BLOCK
-                rollouts = collect(model, task, config, rng, samples, masks, with_truth=measure)
+                logged = (update - 1 + config.mu) % config.log_every == 0       # does this batch end with a log line?
+                measure = logged and config.block_size <= MAX_EXACT_BLOCK
+                rollouts = collect(model, task, config, rng, sample_stream, mask_stream, with_truth=measure)
             try:
-                values = policy_update(model, optimizer, rollouts, config, masks)
+                values = policy_update(model, optimizer, rollouts, config, mask_stream)
             except TrainingFailed as error:
                 raise TrainingFailed(f"{folder.name} stopped at update {update}: {error}; see {folder}") from None
             recent.append({"reward": rollouts.reward, **values})
@@ -688,16 +700,17 @@ HEADLINE = (("grpo", "elbo"), ("grpo", "exact"), ("stabledrl", "elbo"))  # (loss
 
 def flag(default, text, choices=None):
     """A field of Config with its help text."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices and sorted(choices)})
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of one run. On the command line --loss, --estimator and --seed take several values each."""
+    """The settings of one run. On the command line --loss, --estimator and --seed take several values; with neither
+    --loss nor --estimator it is the main job."""
 
     task: str = flag("addition", "what to learn", TASKS)
-    loss: str = flag(None, "objective(s), §6; without --loss and --estimator: the three of the main job", LOSSES)
-    estimator: str = flag(None, "estimator(s) of log π, §3 and §5", ESTIMATORS)
+    loss: str = flag(None, "objective(s), §6; with --estimator alone: stabledrl", LOSSES)
+    estimator: str = flag(None, "estimator(s) of log π, §3 and §5; with --loss alone: elbo", ESTIMATORS)
     masks: str = flag("independent", "the Monte-Carlo masks of L̂_old and L̂_θ", ("independent", "shared"))
     mc: int = flag(1, "K, noisy copies behind one Monte-Carlo estimate")
     clip_eps: float = flag(None, "ε; default 0.2 for grpo, 5 for stabledrl")
@@ -843,12 +856,12 @@ def plot(folders, out):
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     panels = {"reward": "mean reward of the rollouts", "ratio_max": "largest ratio (log10)", "noise_std": "noise, nats"}
     styles = zip(("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), ("-", "--", "-.", ":", "-", "--"))
-    for (policy, runs), (colour, style) in zip(policies.items(), styles):
+    for (policy, runs), (colour, style) in zip(policies.items(), itertools.cycle(styles)):
         length = min(map(len, runs))                                  # an unfinished run shortens the line
         for axis, (name, title) in zip(axes, panels.items()):
             y = np.array([[row[name] for row in rows[:length]] for rows in runs], dtype=float)   # (seeds, length)
             y = np.log10(y) if name == "ratio_max" else y
-            x, mean, std = [row["update"] for row in runs[0][:length]], y.mean(0), y.std(0)
+            x, mean, std = [row["update"] for row in runs[0][:length]], y.mean(0), y.std(0, ddof=len(y) > 1)
             axis.plot(x, mean, style, color=colour, label=policy)
             axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
             axis.set(title=title, xlabel="update")
@@ -857,10 +870,11 @@ def plot(folders, out):
 
 
 def main(argv=None):
-    """Run what the command line asks for: one base per seed, every policy from it, then table, verdict and answers."""
+    """Run what the command line asks for: one base per seed, every policy from it, then table, verdict and answers.
+    TrainingFailed at the end if a policy could not be trained to its end."""
     configs = parse(argv)
     task, device = TASKS[configs[0].task], torch.device(configs[0].device)
-    results, answers = [], []
+    results, answers, failures = [], [], []
     for seed, group in itertools.groupby(configs, key=lambda config: config.seed):
         config, *_ = group = list(group)
         base = pretrain(task, config, device)
@@ -868,9 +882,13 @@ def main(argv=None):
         print(f"base policy, seed {seed}: mean reward {reward:.3f} sampled, "
               f"accuracy {accuracy(base, task, config.block_size):.3f} greedy on held-out prompts", flush=True)
         for config in group:
-            model, rows = train(base.state_dict(), task, config, device)
-            results.append((config, reward, rows))
             name = f"{config.loss} / {config.estimator}, seed {seed}"
+            try:
+                model, rows = train(base.state_dict(), task, config, device)
+            except TrainingFailed as error:                           # the other policies still have their turn
+                failures.append(str(error))
+                continue
+            results.append((config, reward, rows))
             print(f"{name}: {config.updates} updates in {rows[-1]['seconds']:.0f} s, log and checkpoint in "
                   f"{run_folder(config)}", flush=True)
             prompts, _ = task.sample(np.random.default_rng(0), 5, "test")
@@ -878,6 +896,8 @@ def main(argv=None):
             answers += ["", f"{name}, answers to held-out prompts:"]
             answers += [f"  {p}{c}  {task.explain(p, c)}" for p, c in zip(prompts, texts)]
     print("", *report(results), *answers, sep="\n")
+    if failures:
+        raise TrainingFailed("; ".join(failures))
 
 
 if __name__ == "__main__":
