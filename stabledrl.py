@@ -716,7 +716,7 @@ class Config:
     clip_eps: float = flag(None, "ε; default 0.2 for grpo, 5 for stabledrl")
     seed: int = flag(0, "random seed(s); every seed has a base policy of its own")
     updates: int = flag(1200, "optimiser steps of RL")
-    lr: float = flag(2e-4, "learning rate of RL")
+    lr: float = flag(1e-4, "learning rate of RL")
     prompts: int = flag(32, "prompts per batch of rollouts")
     group_size: int = flag(8, "G, completions per prompt")
     mu: int = flag(2, "μ, updates per batch of rollouts")
