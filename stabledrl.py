@@ -38,9 +38,7 @@ Simplified vs the paper:
   * L̂ is the plain block-wise ELBO for either sign of A. The authors' release mixes in an upper bound where A < 0, and
     averages over tokens where this file sums; it also implements no block diffusion, so §2 follows the paper alone.
   * Advantages are divided by the group's standard deviation, as in GRPO; the release only subtracts the mean.
-  * The clip is two-sided as in the paper. For ε ≥ 1, such as the default 5, only its upper end can bind.
-  * Completions have one fixed length, and the filler "." is a token like any other: the likelihood covers exactly what
-    the sampler chose, and no padding mask exists anywhere.
+  * Completions have one fixed length, and the filler "." is a token like any other: no padding mask exists anywhere.
   * No KL penalty, no dropout, no mixed precision. AdamW and a clip of the gradient's norm, the same for both losses.
 
   python stabledrl.py                                       the main job: GRPO collapses, StableDRL learns
@@ -739,16 +737,17 @@ def problem(config):
     lowest = dict.fromkeys("updates mc prompts mu block_size d_model n_layer n_head log_every".split(), 1)
     lowest |= {"group_size": 2} | dict.fromkeys("clip_eps max_grad_norm pretrain_updates seed".split(), 0)
     for name, low in lowest.items():
-        if getattr(c, name) < low:
-            return f"--{name} must be at least {low} (got {getattr(c, name)})"
+        if not low <= getattr(c, name) < 2**32:                       # NaN and infinity fail this as well
+            return f"--{name} must be at least {low} and below 2^32 (got {getattr(c, name)})"
     rules = (
-        (c.lr > 0 and c.pretrain_lr > 0, f"--lr and --pretrain_lr must be positive (got {c.lr} and {c.pretrain_lr})"),
+        (0 < c.lr < math.inf and 0 < c.pretrain_lr < math.inf,
+         f"--lr and --pretrain_lr must be positive (got {c.lr} and {c.pretrain_lr})"),
         (0 <= c.base_accuracy <= 1, f"--base_accuracy must be from 0 to 1 (got {c.base_accuracy})"),
         (c.d_model % (2 * c.n_head) == 0, f"--d_model must be a multiple of 2·--n_head (got {c.d_model}, {c.n_head})"),
         (task.prompt_len % c.block_size == task.completion_len % c.block_size == 0, "--block_size must divide both "
          f"lengths of {task.name}, {task.prompt_len} and {task.completion_len} (got {c.block_size})"),
-        (c.estimator != "exact" or c.block_size <= MAX_EXACT_BLOCK, f"--estimator exact needs 2^B - 1 noisy copies: "
-         f"--block_size at most {MAX_EXACT_BLOCK} (got {c.block_size})"),
+        (c.block_size <= MAX_EXACT_BLOCK or "exact" not in c.estimator, f"--estimator {c.estimator} needs 2^B - 1 noisy "
+         f"copies: --block_size at most {MAX_EXACT_BLOCK} (got {c.block_size})"),
         (c.log_every % c.mu == 0, f"--log_every must be a multiple of --mu (got {c.log_every}, {c.mu})"),
         (c.updates % c.log_every == 0, f"--updates must be a multiple of --log_every (got {c.updates}, {c.log_every})"),
         (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA device; use --device cpu"),
@@ -757,31 +756,16 @@ def problem(config):
     return next((message for holds, message in rules if not holds), None)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
-
-    def error(self, message):
-        """Print what is wrong; exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(text):
-    """A finite float, for argparse."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
 def parse(argv=None):
     """Command line -> list of Config, one per run (seeds outermost), all checked. Exits with status 2 on bad input."""
-    parser = Parser(prog="stabledrl.py", allow_abbrev=False, description="RL for a block-diffusion language model. "
-                    "Without flags: the main job, which shows why GRPO collapses and StableDRL does not.")
+    parser = argparse.ArgumentParser(prog="stabledrl.py", allow_abbrev=False, description="RL for a block-diffusion "
+                                     "language model. Without flags: the main job, GRPO against StableDRL.")
+    parser.error = lambda message: parser.exit(2, f"stabledrl.py: error: {message}\n")           # one line
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="only draw the logs of run folders, to OUT/plot.svg")
     for field in dataclasses.fields(Config):
         parser.add_argument(
-            f"--{field.name}", type=number if field.type is float else field.type, choices=field.metadata["choices"],
-            default=field.default, nargs="+" if field.name in ("loss", "estimator", "seed") else None,
+            f"--{field.name}", type=field.type, choices=field.metadata["choices"], default=field.default,
+            nargs="+" if field.name in ("loss", "estimator", "seed") else None,
             help=field.metadata["help"] + ("" if field.default is None else f" (default {field.default})"))
     flags = vars(parser.parse_args(argv))
     folders, out = flags.pop("plot"), Path(flags["out"])
@@ -801,11 +785,11 @@ def parse(argv=None):
     if flags["block_size"] is None:
         flags["block_size"] = TASKS[flags["task"]].block_size
     configs = []
-    for seed, (loss, estimator) in itertools.product(seeds if isinstance(seeds, list) else [seeds], policies):
+    for seed, (loss, estimator) in itertools.product(np.atleast_1d(seeds).tolist(), policies):
         clip_eps = LOSSES[loss][1] if flags["clip_eps"] is None else flags["clip_eps"]
         configs.append(Config(**{**flags, "loss": loss, "estimator": estimator, "seed": seed, "clip_eps": clip_eps}))
-        if problem(configs[-1]):
-            parser.error(problem(configs[-1]))
+        if wrong := problem(configs[-1]):
+            parser.error(wrong)
     if len(set(configs)) < len(configs):
         parser.error("--loss, --estimator and --seed: every value once, please")
     return configs
@@ -852,11 +836,11 @@ def plot(folders, out):
             policies.setdefault(f"{config['loss']} / {config['estimator']}", []).append(rows)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds no readable log.jsonl of a run ({error})") from None
-    plt.rcParams.update({"svg.hashsalt": "stabledrl", "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams["svg.hashsalt"] = "stabledrl"                        # the same logs give the same file
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    panels = {"reward": "mean reward of the rollouts", "ratio_max": "largest ratio (log10)", "noise_std": "noise, nats"}
-    styles = zip(("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), ("-", "--", "-.", ":", "-", "--"))
-    for (policy, runs), (colour, style) in zip(policies.items(), itertools.cycle(styles)):
+    panels = {"reward": "mean reward of the rollouts", "ratio_max": "largest ratio, log10", "noise_std": "noise, nats"}
+    styles = itertools.cycle([("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#CC79A7", ":")])
+    for (policy, runs), (colour, style) in zip(policies.items(), styles):
         length = min(map(len, runs))                                  # an unfinished run shortens the line
         for axis, (name, title) in zip(axes, panels.items()):
             y = np.array([[row[name] for row in rows[:length]] for rows in runs], dtype=float)   # (seeds, length)

@@ -773,7 +773,11 @@ BAD_INPUT = {
     "--up 5": "unrecognized arguments",
     "--updates ten": "--updates: invalid int",
     "--updates 1.5": "--updates: invalid int",
-    "--lr nan": "--lr: invalid number",
+    "--lr nan": "--lr and --pretrain_lr must be positive",
+    "--max_grad_norm inf": "--max_grad_norm must be at least 0 and below 2^32",
+    "--clip_eps nan": "--clip_eps must be at least 0 and below 2^32",
+    "--seed 9999999999": "--seed must be at least 0",
+    "--lr ten": "--lr: invalid float",
     "--lr 0": "--lr and --pretrain_lr must be positive",
     "--task chess": "--task: invalid choice",
     "--loss ppo": "--loss: invalid choice",
@@ -1057,3 +1061,13 @@ def test_grpo_collapses_on_the_estimate_and_learns_on_the_exact_ratio(tmp_path):
         and final["grpo", "exact"] > base
         and final["stabledrl", "elbo"] > 3 * final["grpo", "elbo"]
     )
+
+
+@pytest.mark.slow
+def test_readme_measurements_run(tmp_path, monkeypatch):
+    """The blocks of README.md that are too long for the default run (marked py, not python) run as well."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```py\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
