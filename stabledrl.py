@@ -491,7 +491,7 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
     noise_std      standard deviation of log ρ̂ − log ρ in nats; only if true_log_ratio (N,) is given
     """
     log_ratio = log_ratio.detach().double()
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=700).exp()                            # beyond e^709 is ∞, and JSON has no ∞
     share = log_ratio.view(-1, group_size).softmax(-1)                                           # (N/G, G)
     values = {
         "ratio_max": ratio.max(),
@@ -659,7 +659,7 @@ def train(base, task, config, device):
     rng = np.random.default_rng([config.seed, 1])
     sample_stream, mask_stream = stream(config, "samples", device), stream(config, "masks", device)
     folder, rows, recent, start = run_folder(config), [], [], time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)                                        # FileExistsError: never write over another run
     with open(folder / "log.jsonl", "w") as log, tqdm(total=config.updates, desc=folder.name, leave=False) as bar:
         settings = dataclasses.asdict(config)
         log.write(json.dumps({name: value for name, value in settings.items() if name != "out"}) + "\n")
@@ -741,17 +741,17 @@ def problem(config):
             return f"--{name} must be at least {low} and below 2^32 (got {getattr(c, name)})"
     rules = (
         (0 < c.lr < math.inf and 0 < c.pretrain_lr < math.inf,
-         f"--lr and --pretrain_lr must be positive (got {c.lr} and {c.pretrain_lr})"),
+         f"--lr and --pretrain_lr must be positive and finite (got {c.lr} and {c.pretrain_lr})"),
         (0 <= c.base_accuracy <= 1, f"--base_accuracy must be from 0 to 1 (got {c.base_accuracy})"),
         (c.d_model % (2 * c.n_head) == 0, f"--d_model must be a multiple of 2·--n_head (got {c.d_model}, {c.n_head})"),
         (task.prompt_len % c.block_size == task.completion_len % c.block_size == 0, "--block_size must divide both "
          f"lengths of {task.name}, {task.prompt_len} and {task.completion_len} (got {c.block_size})"),
-        (c.block_size <= MAX_EXACT_BLOCK or "exact" not in c.estimator, f"--estimator {c.estimator} needs 2^B - 1 noisy "
-         f"copies: --block_size at most {MAX_EXACT_BLOCK} (got {c.block_size})"),
+        (c.block_size <= MAX_EXACT_BLOCK or "exact" not in c.estimator, f"--estimator {c.estimator} needs 2^B - 1 "
+         f"noisy copies: --block_size at most {MAX_EXACT_BLOCK} (got {c.block_size})"),
         (c.log_every % c.mu == 0, f"--log_every must be a multiple of --mu (got {c.log_every}, {c.mu})"),
         (c.updates % c.log_every == 0, f"--updates must be a multiple of --log_every (got {c.updates}, {c.log_every})"),
         (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA device; use --device cpu"),
-        (not (folder / "log.jsonl").exists(), f"{folder} already holds a run: choose another --out, or move it away"),
+        (not os.path.lexists(folder), f"{folder} already exists: choose another --out, or move it away"),
     )
     return next((message for holds, message in rules if not holds), None)
 
@@ -760,7 +760,7 @@ def parse(argv=None):
     """Command line -> list of Config, one per run (seeds outermost), all checked. Exits with status 2 on bad input."""
     parser = argparse.ArgumentParser(prog="stabledrl.py", allow_abbrev=False, description="RL for a block-diffusion "
                                      "language model. Without flags: the main job, GRPO against StableDRL.")
-    parser.error = lambda message: parser.exit(2, f"stabledrl.py: error: {message}\n")           # one line
+    parser.error = lambda message: parser.exit(2, f"stabledrl.py: error: {' '.join(message.split())}\n")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="only draw the logs of run folders, to OUT/plot.svg")
     for field in dataclasses.fields(Config):
         parser.add_argument(
@@ -769,14 +769,12 @@ def parse(argv=None):
             help=field.metadata["help"] + ("" if field.default is None else f" (default {field.default})"))
     flags = vars(parser.parse_args(argv))
     folders, out = flags.pop("plot"), Path(flags["out"])
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        if folders:
+    if folders:
+        try:
             plot(folders, out)
             parser.exit()
-    except (OSError, ValueError) as error:
-        parser.error(f"{'--plot' if folders else '--out'}: {error}")
+        except (OSError, ValueError) as error:
+            parser.error(f"--plot: {error}")
     losses, estimators, seeds = flags.pop("loss"), flags.pop("estimator"), flags.pop("seed")
     policies = list(itertools.product(losses or ["stabledrl"], estimators or ["elbo"]))
     policies = policies if losses or estimators else HEADLINE
@@ -792,6 +790,11 @@ def parse(argv=None):
             parser.error(wrong)
     if len(set(configs)) < len(configs):
         parser.error("--loss, --estimator and --seed: every value once, please")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()                       # can a file be written there?
+    except OSError as error:
+        parser.error(f"--out: {error}")
     return configs
 
 
@@ -823,33 +826,40 @@ def report(results):
 
 
 def plot(folders, out):
-    """Draw the logs of run folders to out/plot.svg: a line per policy, the mean over its seeds, in a band of one
+    """Draw the logs of run folders to out/plot.svg: a line per setting, the mean over its seeds, in a band of one
     standard deviation. ValueError for a folder without a readable log, or without matplotlib."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("the figure needs matplotlib: pip install matplotlib") from None
-    policies = {}
-    for folder in folders:
+    panels = {"update": "", "reward": "mean reward", "ratio_max": "largest ratio, log10", "noise_std": "noise, nats"}
+    runs, policies = [], {}
+    for folder in dict.fromkeys(folders):
         try:
             config, *rows = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
-            policies.setdefault(f"{config['loss']} / {config['estimator']}", []).append(rows)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} holds no readable log.jsonl of a run ({error})") from None
+            runs.append((config, np.array([[row[name] for name in panels] for row in rows], dtype=float)))
+            config["loss"], config["estimator"], config["seed"]
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{folder} holds no readable log.jsonl of a run ({error!r})") from None
+    varied = [name for name in runs[0][0] if name != "seed" and len({str(config.get(name)) for config, _ in runs}) > 1]
+    for config, values in runs:
+        if len(values):                                               # a run that has just begun has no rows
+            name = " / ".join(str(config.get(field)) for field in dict.fromkeys(["loss", "estimator", *varied]))
+            policies.setdefault(name, []).append(values)
     plt.rcParams["svg.hashsalt"] = "stabledrl"                        # the same logs give the same file
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    panels = {"reward": "mean reward of the rollouts", "ratio_max": "largest ratio, log10", "noise_std": "noise, nats"}
     styles = itertools.cycle([("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#CC79A7", ":")])
-    for (policy, runs), (colour, style) in zip(policies.items(), styles):
-        length = min(map(len, runs))                                  # an unfinished run shortens the line
-        for axis, (name, title) in zip(axes, panels.items()):
-            y = np.array([[row[name] for row in rows[:length]] for rows in runs], dtype=float)   # (seeds, length)
-            y = np.log10(y) if name == "ratio_max" else y
-            x, mean, std = [row["update"] for row in runs[0][:length]], y.mean(0), y.std(0, ddof=len(y) > 1)
-            axis.plot(x, mean, style, color=colour, label=policy)
-            axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+    for (name, seeds), (colour, style) in zip(policies.items(), styles):
+        length = min(map(len, seeds))                                 # an unfinished run shortens the line
+        values = np.array([v[:length] for v in seeds])                # (seeds, length, 4)
+        values[:, :, 2] = np.log10(values[:, :, 2])
+        x, mean, std = values[0, :, 0], values.mean(0), values.std(0, ddof=len(seeds) > 1)
+        for i, (axis, title) in enumerate(zip(axes, list(panels.values())[1:]), start=1):
+            axis.plot(x, mean[:, i], style, color=colour, label=name)
+            axis.fill_between(x, mean[:, i] - std[:, i], mean[:, i] + std[:, i], color=colour, alpha=0.2, linewidth=0)
             axis.set(title=title, xlabel="update")
     axes[0].legend(frameon=False)
+    out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "plot.svg", metadata={"Date": None})
 
 
@@ -861,7 +871,11 @@ def main(argv=None):
     results, answers, failures = [], [], []
     for seed, group in itertools.groupby(configs, key=lambda config: config.seed):
         config, *_ = group = list(group)
-        base = pretrain(task, config, device)
+        try:
+            base = pretrain(task, config, device)
+        except TrainingFailed as error:                               # the other seeds still have their turn
+            failures.append(f"seed {seed}: {error}")
+            continue
         reward = sampled_reward(base, task, config)
         print(f"base policy, seed {seed}: mean reward {reward:.3f} sampled, "
               f"accuracy {accuracy(base, task, config.block_size):.3f} greedy on held-out prompts", flush=True)
@@ -869,7 +883,7 @@ def main(argv=None):
             name = f"{config.loss} / {config.estimator}, seed {seed}"
             try:
                 model, rows = train(base.state_dict(), task, config, device)
-            except TrainingFailed as error:                           # the other policies still have their turn
+            except (TrainingFailed, OSError) as error:                # and so do the other policies
                 failures.append(str(error))
                 continue
             results.append((config, reward, rows))
@@ -885,7 +899,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                          # a terminal without ± and ρ still gets the rest
     try:
         main()
     except TrainingFailed as error:
         sys.exit(f"stabledrl.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stabledrl.py: interrupted; what was logged until now is in the run folders")

@@ -566,6 +566,7 @@ def test_diagnostics_against_plain_loops():
 def test_diagnostics_at_the_extremes():
     """Equal ratios: ESS = G. One outlier: ESS = 1. e^±300 does not overflow."""
     assert S.ratio_diagnostics(torch.zeros(8), 0.2, 4) == {"ratio_max": 1.0, "clip_fraction": 0.0, "ess": 4.0}
+    assert S.ratio_diagnostics(torch.tensor([900.0, 0.0]), 0.2, 2)["ratio_max"] < math.inf, "JSON has no infinity"
     wild = S.ratio_diagnostics(torch.tensor([300.0, 0.0, -300.0, 0.0]), 0.2, 4)
     assert (
         wild["ess"] == pytest.approx(1)
@@ -773,12 +774,12 @@ BAD_INPUT = {
     "--up 5": "unrecognized arguments",
     "--updates ten": "--updates: invalid int",
     "--updates 1.5": "--updates: invalid int",
-    "--lr nan": "--lr and --pretrain_lr must be positive",
+    "--lr nan": "--lr and --pretrain_lr must be positive and finite",
     "--max_grad_norm inf": "--max_grad_norm must be at least 0 and below 2^32",
     "--clip_eps nan": "--clip_eps must be at least 0 and below 2^32",
     "--seed 9999999999": "--seed must be at least 0",
     "--lr ten": "--lr: invalid float",
-    "--lr 0": "--lr and --pretrain_lr must be positive",
+    "--lr 0": "--lr and --pretrain_lr must be positive and finite",
     "--task chess": "--task: invalid choice",
     "--loss ppo": "--loss: invalid choice",
     "--estimator magic": "--estimator: invalid choice",
@@ -825,7 +826,7 @@ def test_a_finished_run_is_never_overwritten(tmp_path, capsys):
     before = log.read_bytes()
     with pytest.raises(SystemExit) as stop:
         run(tmp_path)
-    assert stop.value.code == 2 and "already holds a run" in capsys.readouterr().err and log.read_bytes() == before
+    assert stop.value.code == 2 and "already exists" in capsys.readouterr().err and log.read_bytes() == before
 
 
 def test_no_flags_mean_the_main_job(tmp_path, monkeypatch):
@@ -898,6 +899,27 @@ def test_the_verdict_follows_from_the_numbers():
     )
 
 
+def test_one_failure_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    """A base that cannot be pretrained, or a policy that breaks: the rest is trained and reported, the failure said last."""
+    pretrain, train = S.pretrain, S.train
+
+    def fail(function, unlucky):
+        def maybe(*arguments):
+            config = next(a for a in arguments if isinstance(a, S.Config))
+            if unlucky(config):
+                raise S.TrainingFailed("bad luck")
+            return function(*arguments)
+
+        return maybe
+
+    monkeypatch.setattr(S, "pretrain", fail(pretrain, lambda config: config.seed == 1))
+    monkeypatch.setattr(S, "train", fail(train, lambda config: config.seed == 2 and config.loss == "grpo"))
+    with pytest.raises(S.TrainingFailed, match="^seed 1: bad luck; bad luck$"):
+        S.main(f"{TINY} --seed 1 2 3 --loss grpo stabledrl --out {tmp_path}".split())
+    out = capsys.readouterr().out
+    assert out.count(" updates in ") == 3 and "stabledrl / elbo, seed 2" in out and "base reward" in out
+
+
 def test_main_prints_table_verdict_answers_and_places(tmp_path, capsys):
     S.main(f"{TINY} --seed 0 1 --out {tmp_path}".split())
     out = capsys.readouterr().out
@@ -911,8 +933,13 @@ def test_plot_draws_logged_runs_or_says_what_is_missing(tmp_path, monkeypatch, c
     runs = [str(path) for path in tmp_path.glob("addition*")]
     if importlib.util.find_spec("matplotlib"):
         with pytest.raises(SystemExit) as stop:
-            S.main(["--plot", *runs, "--out", str(tmp_path / "figures")])
+            S.main(["--plot", *runs, runs[0], "--out", str(tmp_path / "figures")])
         assert not stop.value.code and "<svg" in (tmp_path / "figures" / "plot.svg").read_text()
+        for content in ("", "{}", "[1]", '{"loss": 1, "estimator": 2, "seed": 3}\n{}', "[" * 100_000):
+            (tmp_path / "log.jsonl").write_text(content)
+            with pytest.raises(SystemExit) as stop:
+                S.main(["--plot", *runs, str(tmp_path)])
+            assert stop.value.code == 2 and f"--plot: {tmp_path} holds no readable log.jsonl" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as stop:
         S.main(["--plot", *runs, "--out", str(tmp_path)])
@@ -981,6 +1008,8 @@ def test_task_keeps_the_contract(task):
     assert decode(task, encode(task, train[0])) == train[0] and encode(task, train[0][:2]).dtype == np.int64
     with pytest.raises(ValueError, match="not in the vocabulary"):
         encode(task, ["?"])
+    with pytest.raises(ValueError, match="one length"):
+        encode(task, [train[0][0], ""])
     for prompt, completion in itertools.product([*ADVERSARIAL, train[0][0]], ADVERSARIAL):
         assert task.reward(prompt, completion) == 0.0 and isinstance(task.explain(prompt, completion), str)
 

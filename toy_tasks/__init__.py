@@ -23,7 +23,10 @@ TASKS = {addition.name: addition}
 
 
 def encode(task, texts):
-    """Strings of one length -> (N, length) int64 array of token ids. A character outside task.vocab is a ValueError."""
+    """Strings of one length -> (N, length) int64 array of token ids. ValueError for several lengths, and for a character
+    outside task.vocab."""
+    if len({len(text) for text in texts}) > 1:
+        raise ValueError(f"the texts must have one length, not {sorted({len(text) for text in texts})}")
     ids = {character: i for i, character in enumerate(task.vocab)}
     try:
         return np.array([[ids[character] for character in text] for text in texts], dtype=np.int64)
