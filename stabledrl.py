@@ -8,7 +8,7 @@ the paper reasons about can be measured, and removed. Importing the file does no
 Why GRPO breaks on a diffusion model, in five lines:
   1. A diffusion language model writes its tokens in any order, so π(completion) is a sum over orders: intractable. Its
      log is replaced by a Monte-Carlo *estimate* L̂, and the importance ratio ρ = π_θ/π_old by ρ̂ = exp(L̂_θ − L̂_old).
-  2. exp turns the noise of L̂_θ − L̂_old into a long tail: rollouts whose true ratio is 1 get ρ̂ = 50, or 100,000.
+  2. exp turns the noise of L̂_θ − L̂_old into a long tail: rollouts whose true ratio is 1 get ρ̂ = 50, or 70,000.
   3. GRPO's clip is conditional. Where A < 0 and ρ̂ > 1+ε it does not bind: noise multiplies the gradient, unbounded.
   4. The whole update then follows that one rollout. The policy drifts, and with it, says the paper, the noise grows.
   5. The reward collapses. StableDRL (§6) clips every ratio and divides by their sum: no rollout has unbounded weight.
@@ -341,7 +341,7 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # What is wrong with an estimate, then? ELBO ≤ log π is a *bias*. It is small here (0.04 nats at the base policy),
 # depends on the model, not on luck, and nearly cancels in L̂_θ − L̂_old; estimator exact_elbo has this bias and no noise.
 # The Monte-Carlo *noise* does not cancel. At the base policy, before any update, when the true ratio is exactly 1, log
-# ρ̂ has a standard deviation of 2 nats with K = 1, and long tails: one ρ̂ in 32 is above 50, one in 1,000 above 100,000
+# ρ̂ has a standard deviation of 2 nats with K = 1, and long tails: one ρ̂ in 35 is above 50, one in 1,000 above 70,000
 # (README). More copies lower it as 1/√K. Sharing the masks between L̂_old and L̂_θ makes most of it cancel (--masks
 # shared): wherever that can be done, do it first. mean_field, which hides everything, has none; but it is another
 # policy's likelihood.
@@ -832,7 +832,8 @@ def plot(folders, out):
         import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("the figure needs matplotlib: pip install matplotlib") from None
-    panels = {"update": "", "reward": "mean reward", "ratio_max": "largest ratio, log10", "noise_std": "noise, nats"}
+    panels = {"update": "", "reward": "mean reward", "ratio_max": "largest ratio, log10",
+              "grad_norm": "gradient norm, log10", "noise_std": "noise, nats"}
     runs, policies = [], {}
     for folder in dict.fromkeys(folders):
         try:
@@ -841,18 +842,19 @@ def plot(folders, out):
             config["loss"], config["estimator"], config["seed"]
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{folder} holds no readable log.jsonl of a run ({error!r})") from None
-    varied = [name for name in runs[0][0] if name != "seed" and len({str(config.get(name)) for config, _ in runs}) > 1]
+    kinds = lambda *names: len({str([config.get(name) for name in ("loss", "estimator", *names)]) for config, _ in runs})
+    varied = [name for name in runs[0][0] if name != "seed" and kinds(name) > kinds()]           # within a policy
     for config, values in runs:
         if len(values):                                               # a run that has just begun has no rows
             name = " / ".join(str(config.get(field)) for field in dict.fromkeys(["loss", "estimator", *varied]))
             policies.setdefault(name, []).append(values)
     plt.rcParams["svg.hashsalt"] = "stabledrl"                        # the same logs give the same file
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     styles = itertools.cycle([("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#CC79A7", ":")])
     for (name, seeds), (colour, style) in zip(policies.items(), styles):
         length = min(map(len, seeds))                                 # an unfinished run shortens the line
-        values = np.array([v[:length] for v in seeds])                # (seeds, length, 4)
-        values[:, :, 2] = np.log10(values[:, :, 2])
+        values = np.array([v[:length] for v in seeds])                # (seeds, length, 5)
+        values[:, :, 2:4] = np.log10(np.maximum(values[:, :, 2:4], 1e-9))
         x, mean, std = values[0, :, 0], values.mean(0), values.std(0, ddof=len(seeds) > 1)
         for i, (axis, title) in enumerate(zip(axes, list(panels.values())[1:]), start=1):
             axis.plot(x, mean[:, i], style, color=colour, label=name)

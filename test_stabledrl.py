@@ -149,6 +149,10 @@ def test_staircase_mask_follows_its_three_rules(P, L, B, K):
     assert S.staircase_positions(P, L, K).tolist() == [i for _, i in who]
 
 
+def test_one_copy_is_the_default():
+    assert S.staircase_mask(2, 4, 2).shape == (10, 10) and S.staircase_positions(2, 4).shape == (10,)
+
+
 def test_lengths_that_are_no_multiple_of_the_block_are_refused():
     for P, L in ((3, 4), (4, 3)):
         with pytest.raises(AssertionError, match="multiples of block_size 2"):
@@ -818,6 +822,19 @@ def test_bad_input_is_one_clear_line_and_status_2(flags, tmp_path, monkeypatch, 
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and BAD_INPUT[flags] in err
     assert err.startswith("stabledrl.py: error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_exact_estimators_are_limited_by_the_block_size(tmp_path, monkeypatch):
+    """2^B − 1 copies: B = 8 is allowed, 9 is not, and the Monte-Carlo ELBO takes any."""
+    task = types.SimpleNamespace(name="long", prompt_len=72, completion_len=72)
+    monkeypatch.setitem(TASKS, "long", task)
+    config = S.Config(task="long", loss="grpo", estimator="exact", clip_eps=0.2, device="cpu", out=str(tmp_path))
+    assert S.problem(dataclasses.replace(config, block_size=8)) is None
+    assert "--block_size at most 8 (got 9)" in S.problem(dataclasses.replace(config, block_size=9))
+    assert "--block_size at most 8 (got 9)" in S.problem(
+        dataclasses.replace(config, block_size=9, estimator="exact_elbo")
+    )
+    assert S.problem(dataclasses.replace(config, block_size=9, estimator="elbo")) is None
 
 
 def test_a_finished_run_is_never_overwritten(tmp_path, capsys):
