@@ -490,7 +490,7 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
     ess            (Σρ̂)² / Σρ̂² of a group, averaged over groups: G if all count alike, 1 if one has all the weight
     noise_std      standard deviation of log ρ̂ − log ρ in nats; only if true_log_ratio (N,) is given
     """
-    log_ratio = log_ratio.detach().double()
+    log_ratio = log_ratio.double()
     ratio = log_ratio.clamp(max=700).exp()                            # beyond e^709 is ∞, and JSON has no ∞
     share = log_ratio.view(-1, group_size).softmax(-1)                                           # (N/G, G)
     values = {
@@ -499,7 +499,7 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
         "ess": (1 / share.square().sum(-1)).mean(),
     }
     if true_log_ratio is not None:
-        values["noise_std"] = (log_ratio - true_log_ratio.detach()).std(correction=0)
+        values["noise_std"] = (log_ratio - true_log_ratio).std(correction=0)
     return dict(zip(values, torch.stack(list(values.values())).tolist()))
 
 

@@ -331,6 +331,25 @@ def test_confidence_order_reveals_the_surest_place_first():
     assert len(orders) > 1, "the model must not make the order trivial"
 
 
+def test_confidence_is_measured_at_temperature_one():
+    """Two places whose order of confidence would turn round if greedy decoding read the logits at half or double size:
+    one competitor, 1 nat behind (p = 0.73), and three, 2.6 nats behind (p = 0.82). The model writes the step number."""
+
+    class TwoPlaces(torch.nn.Module):
+        mask_id = 4
+
+        def new_cache(self, *_):
+            return None
+
+        def forward(self, tokens, positions, mask, cache=None):
+            logits = torch.tensor([[1.0, 0.0, -50.0, -50.0], [2.6, 0.0, 0.0, 0.0]])
+            logits = logits.roll(int((tokens[0] != 4).sum()), dims=1)
+            return torch.nn.functional.pad(logits, (0, 1), value=-math.inf)[None]
+
+    prompts = torch.zeros(1, 0, dtype=torch.long)
+    assert S.generate(TwoPlaces(), prompts, 2, 2, temperature=0.0, order="confidence").tolist() == [[1, 0]]
+
+
 def test_random_order_is_a_fair_die():
     """A model whose answer reveals the order: it writes the number of tokens already there. 6,000 blocks of B = 3, each
     of the 6 orders within 5 standard errors (by chance 1 in 3e5)."""
@@ -444,6 +463,7 @@ def test_advantages_are_standardised_within_their_group():
     rewards = [1.0, 0.0, 0.5, 0.25, 0.1, 0.9, 3.0, 3.0]
     expected = [(r - statistics.mean(g)) / statistics.pstdev(g) for g in (rewards[:4], rewards[4:]) for r in g]
     assert S.group_advantages(torch.tensor(rewards), 4).tolist() == pytest.approx(expected, rel=1e-4)
+    assert S.group_advantages(torch.tensor([0.0, 2e-6]), 2).abs().max() <= 1, "no blow-up where rewards hardly differ"
 
 
 @pytest.mark.parametrize("loss", S.LOSSES)
