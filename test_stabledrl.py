@@ -908,10 +908,10 @@ def test_the_verdict_follows_from_the_numbers():
         )
     )
     assert (
-        "grpo / elbo collapsed: mean reward 0.200 -> 0.010, 0.05 times the base" in words
+        "grpo / elbo collapsed: reward 0.200 -> 0.010, 0.05 times the base" in words
         and "So noise is the cause" in words
     )
-    assert "grpo / exact learned: mean reward" in words and "stabledrl / elbo learned, and was still rising" in words
+    assert "grpo / exact learned: reward" in words and "stabledrl / elbo learned, and was still rising" in words
     assert "0.200 -> 0.540, 2.70 times" in words  # the mean of the last 100 updates = 5 rows
     words = "\n".join(
         S.report(
@@ -934,6 +934,9 @@ def test_the_verdict_follows_from_the_numbers():
         f"{0.3:.3f} ± {statistics.stdev([0.2, 0.4]):.3f}" in two[1]
         and f"{0.35:.3f} ± {statistics.stdev([0.2, 0.5]):.3f}" in two[1]
     )
+    assert "1.17 times the base; 0 of 2 seeds below half of it" in "\n".join(two)
+    one_low = S.report([fake_result("grpo", "elbo", 0.2, low), fake_result("grpo", "elbo", 0.2, flat)])
+    assert "1.27 times the base; 1 of 2 seeds below half of it" in "\n".join(one_low)
 
 
 def test_one_failure_does_not_end_the_others(tmp_path, monkeypatch, capsys):
