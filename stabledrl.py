@@ -93,6 +93,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x, turns, mask, cache=None):
+        """x (N,S,d_model), turns (S,1,1,D/2), mask (S,S), or (S,T) with this layer's cache -> (N,S,d_model)."""
         N, S, d_model = x.shape
         qkv = self.qkv(x).view(N, S, 3, self.n_head, -1)                                         # (N, S, 3, H, D)
         q, k = rotate(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4)                               # each (N, H, S, D)
@@ -115,6 +116,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.ReLU(), nn.Linear(4 * d_model, d_model))
 
     def forward(self, x, turns, mask, cache=None):
+        """As in Attention."""
         x = x + self.attention(self.norm1(x), turns, mask, cache)
         return x + self.mlp(self.norm2(x))
 
@@ -410,8 +412,8 @@ ESTIMATORS = {
 # ======================================================================================================================
 # §6  The two losses
 #
-# What it teaches: the corner that GRPO leaves open; line 1 of StableDRL, which closes it; and line 2, which steadies the
-# size of the update. Both are marked below.
+# What it teaches: the corner that GRPO leaves open; line 1 of StableDRL, which closes it; and line 2, which steadies
+# the size of the update. Both are marked below.
 #
 # There is one ratio per completion, not one per token: an ELBO belongs to the whole sequence, and sums all its noise.
 # Either loss multiplies A·∇L̂_θ by a weight and divides. GRPO minimises −mean min(ρ̂A, clip(ρ̂)A): its weight is ρ̂ where
@@ -845,8 +847,8 @@ def plot(folders, out):
             config["loss"], config["estimator"], config["seed"]
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{folder} holds no readable log.jsonl of a run ({error!r})") from None
-    kinds = lambda *names: len({str([c.get(name) for name in ("loss", "estimator", *names)]) for c, _ in runs})
-    varied = [name for name in runs[0][0] if name != "seed" and kinds(name) > kinds()]           # within a policy
+    kinds = {name: {(c["loss"], c["estimator"], str(c.get(name))) for c, _ in runs} for name in runs[0][0]}
+    varied = [name for name in kinds if name != "seed" and len(kinds[name]) > len(kinds["loss"])]     # within a policy
     for config, values in runs:
         if len(values):                                               # a run that has just begun has no rows
             name = " / ".join(str(config.get(field)) for field in dict.fromkeys(["loss", "estimator", *varied]))
