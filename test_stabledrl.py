@@ -570,7 +570,7 @@ def test_at_ratio_one_both_losses_are_the_policy_gradient(loss):
 
 
 def test_diagnostics_against_plain_loops():
-    log_ratio, truth, G, eps = [0.0, 1.0, -2.0, 0.3, 4.0, 0.1], [0.1, 0.2, 0.0, -0.1, 0.3, 0.0], 3, 0.5
+    log_ratio, truth, G, eps = [0.0, 1.0, -2.0, 0.5, 4.0, 0.1], [0.1, 0.2, 0.0, -0.1, 0.3, 0.0], 3, 0.5
     rho = [math.exp(x) for x in log_ratio]
     ess = [sum(rho[i : i + G]) ** 2 / sum(r * r for r in rho[i : i + G]) for i in (0, 3)]
     got = S.ratio_diagnostics(torch.tensor(log_ratio, requires_grad=True), eps, G, torch.tensor(truth))
@@ -588,6 +588,7 @@ def test_diagnostics_against_plain_loops():
 
 def test_diagnostics_at_the_extremes():
     """Equal ratios: ESS = G. One outlier: ESS = 1. e^±300 does not overflow."""
+    assert S.ratio_diagnostics(torch.zeros(8), 0.0, 4)["clip_fraction"] == 0, "the bounds themselves are inside"
     assert S.ratio_diagnostics(torch.zeros(8), 0.2, 4) == {"ratio_max": 1.0, "clip_fraction": 0.0, "ess": 4.0}
     assert S.ratio_diagnostics(torch.tensor([900.0, 0.0]), 0.2, 2)["ratio_max"] < math.inf, "JSON has no infinity"
     wild = S.ratio_diagnostics(torch.tensor([300.0, 0.0, -300.0, 0.0]), 0.2, 4)
