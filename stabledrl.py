@@ -621,14 +621,15 @@ def collect(model, task, config, rng, sample_stream, mask_stream, with_truth):
     )
 
 
-def policy_update(model, optimizer, rollouts, config, mask_stream):
-    """One optimiser step on one batch of rollouts -> dict: the diagnostics of §7, and grad_norm before clipping."""
+def policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise=False):
+    """One optimiser step on one batch of rollouts -> dict: the diagnostics of §7, and grad_norm before clipping.
+    measure_noise needs the rollouts' old_truth."""
     prompts, completions, B = rollouts.prompts, rollouts.completions, config.block_size
     hidden = rollouts.masks if config.masks == "shared" else sample_masks(*rollouts.masks.shape, B, mask_stream)
     log_prob = ESTIMATORS[config.estimator](model, prompts, completions, hidden, B)              # (N,) L̂_θ
     log_ratio = log_prob - rollouts.old_log_prob
     truth = None
-    if rollouts.old_truth is not None:
+    if measure_noise:
         with torch.no_grad():
             truth = exact_log_likelihood(model, prompts, completions, B) - rollouts.old_truth    # (N,) log ρ
 
@@ -642,11 +643,11 @@ def policy_update(model, optimizer, rollouts, config, mask_stream):
     return {"grad_norm": grad_norm, **ratio_diagnostics(log_ratio, config.clip_eps, config.group_size, truth)}
 
 
-def log_row(update, recent, seconds):
+def log_row(update, recent, accuracy_now, seconds):
     """One line of the log, from the values of all updates since the line before (`recent`, a list of dicts): means of
     reward, grad_norm, ess and clip_fraction, the maximum of ratio_max; noise_std is that of the last update."""
-    mean = {name: sum(values[name] for values in recent) / len(recent) for name in recent[0] if name != "accuracy"}
-    return {"update": update, "reward": mean["reward"], "accuracy": recent[-1]["accuracy"],
+    mean = {name: sum(values[name] for values in recent) / len(recent) for name in recent[0]}
+    return {"update": update, "reward": mean["reward"], "accuracy": accuracy_now,
             "ratio_max": max(values["ratio_max"] for values in recent), "grad_norm": mean["grad_norm"],
             "ess": mean["ess"], "clip_fraction": mean["clip_fraction"], "noise_std": recent[-1].get("noise_std"),
             "seconds": round(seconds, 2)}
@@ -671,15 +672,16 @@ def train(base, task, config, device):
                 logged = (update - 1 + config.mu) % config.log_every == 0       # does this batch end with a log line?
                 measure = logged and config.block_size <= MAX_EXACT_BLOCK
                 rollouts = collect(model, task, config, rng, sample_stream, mask_stream, with_truth=measure)
+            last = update % config.log_every == 0
             try:
-                values = policy_update(model, optimizer, rollouts, config, mask_stream)
+                values = policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise=measure and last)
             except TrainingFailed as error:
                 raise TrainingFailed(f"{folder.name} stopped at update {update}: {error}; see {folder}") from None
             recent.append({"reward": rollouts.reward, **values})
             bar.update()
-            if update % config.log_every == 0:
-                recent[-1]["accuracy"] = accuracy(model, task, config.block_size)
-                rows.append(log_row(update, recent, time.perf_counter() - start))
+            if last:
+                reached = accuracy(model, task, config.block_size)
+                rows.append(log_row(update, recent, reached, time.perf_counter() - start))
                 recent = []
                 log.write(json.dumps(rows[-1]) + "\n")
                 log.flush()
@@ -814,8 +816,8 @@ def report(results):
             rows[-1]["accuracy"], max(row["ratio_max"] for row in rows), noise.mean()))
     lines = ["".join(f"{title:>18}" for title in ("policy", *columns))]
     for policy, runs in table.items():
-        means, stds = np.mean(runs, axis=0), np.std(runs, axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(columns))
         several = len(runs) > 1
+        means, stds = np.mean(runs, axis=0), np.std(runs, axis=0, ddof=int(several))
         cells = [f"{m:.0e}" if m > 1e3 else f"{m:.3f}" + f" ± {s:.3f}" * several for m, s in zip(means, stds)]
         lines.append("".join(f"{cell:>18}" for cell in (policy, *cells)))
         times = gain[policy] = means[1] / max(means[0], 1e-9)
