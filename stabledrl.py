@@ -33,13 +33,7 @@ a hat marks an estimate (ρ̂, L̂), no hat the truth (ρ); g_j is the gradient 
   μ      mu                        optimiser steps ("updates") that reuse one batch of rollouts
 In shape comments S and T count tokens, H heads, D features per head.
 
-Simplified vs the paper:
-  * A 0.1 M-parameter model and a toy task instead of 8 B parameters and GSM8K, MATH, Countdown, Sudoku.
-  * L̂ is the plain block-wise ELBO for either sign of A. The authors' release mixes in an upper bound where A < 0, and
-    averages over tokens where this file sums; it also implements no block diffusion, so §2 follows the paper alone.
-  * Advantages are divided by the group's standard deviation, as in GRPO; the release only subtracts the mean.
-  * Completions have one fixed length, and the filler "." is a token like any other: no padding mask exists anywhere.
-  * No KL penalty, no dropout, no mixed precision. AdamW and a clip of the gradient's norm, the same for both losses.
+What is simplified against the paper stands in README.md.
 
   python stabledrl.py                                                  the main job: under 4 minutes on 2 CPU cores
   python stabledrl.py --loss stabledrl --updates 4000 --out further    one policy, for longer
@@ -47,13 +41,17 @@ Simplified vs the paper:
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
+import pickle
+import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -66,14 +64,11 @@ from tqdm import tqdm
 
 from toy_tasks import TASKS, decode, encode
 
-# ======================================================================================================================
-# §1  Transformer
-#
+# ==== §1  Transformer =================================================================================================
 # What it teaches: nothing in here is diffusion. This is a plain pre-norm transformer, to which somebody hands the
 # positions and the attention mask. With a causal mask it would be a GPT; with the masks of §2 it is a block-diffusion
 # model. Only two details matter later: a token's position is given, not counted, so that a noisy copy can sit at the
 # positions of its original; and [MASK] has an embedding but no output, so it can be read and never written.
-# ======================================================================================================================
 
 
 def rotate(x, turns):
@@ -84,7 +79,8 @@ def rotate(x, turns):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of S tokens over those that `mask` allows, and over what `cache` already holds."""
+    """Multi-head attention of S tokens over those that `mask` (S,T) allows. What `ask`, `past` and `cache` are for, and
+    their shapes, is said in BlockDiffusionTransformer.forward; here they are those of one layer."""
 
     def __init__(self, d_model, n_head):
         super().__init__()
@@ -92,18 +88,25 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x, turns, mask, cache=None):
-        """x (N,S,d_model), turns (S,1,1,D/2), mask (S,S), or (S,T) with this layer's cache -> (N,S,d_model)."""
+    def forward(self, x, turns, mask, cache=None, ask=None, past=None):
+        """x (N,S,d_model), turns (S,1,1,D/2) -> (N,S,d_model), or (N,n,d_model) with ask; and the (k, v) of the S."""
         N, S, d_model = x.shape
         qkv = self.qkv(x).view(N, S, 3, self.n_head, -1)                                         # (N, S, 3, H, D)
         q, k = rotate(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4)                               # each (N, H, S, D)
         v = qkv[:, :, 2].transpose(1, 2)                                                         # (N, H, S, D)
-        if cache is not None:                       # (2, N, H, T_max, D); these S tokens are the last of the T in mask
-            T = mask.shape[1]
-            cache[:, :, :, T - S : T] = torch.stack((k, v))
+        own, T = (k, v), mask.shape[1]
+        if ask is not None:
+            q, mask = q.take_along_dim(ask[:, None, :, None], dim=2), mask[ask][:, None]         # (N, H, n, D)
+        if past is not None:                                # N rows are copies of fewer: copy the past just as often
+            copies = N // len(past[0])
+            k, v = (torch.cat((a.repeat_interleave(copies, 0), b), dim=2) for a, b in zip(past, own))
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                          # (N, H, S, D)
+        else:                                               # few queries, many keys: plain is faster here than fused
+            cache[0, :, :, T - S : T], cache[1, :, :, T - S : T] = k, v
             k, v = cache[:, :, :, :T]                                                            # each (N, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                              # (N, H, S, D)
-        return self.out(y.transpose(1, 2).reshape(N, S, d_model))
+            y = torch.where(mask, q / math.sqrt(q.shape[-1]) @ k.mT, -math.inf).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(N, -1, d_model)), own
 
 
 class Block(nn.Module):
@@ -115,10 +118,13 @@ class Block(nn.Module):
         self.attention = Attention(d_model, n_head)
         self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.ReLU(), nn.Linear(4 * d_model, d_model))
 
-    def forward(self, x, turns, mask, cache=None):
+    def forward(self, x, turns, mask, cache=None, ask=None, past=None):
         """As in Attention."""
-        x = x + self.attention(self.norm1(x), turns, mask, cache)
-        return x + self.mlp(self.norm2(x))
+        y, own = self.attention(self.norm1(x), turns, mask, cache, ask, past)
+        if ask is not None:
+            x = x.take_along_dim(ask[:, :, None], dim=1)                                         # (N, n, d_model)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), own
 
 
 class BlockDiffusionTransformer(nn.Module):
@@ -137,17 +143,25 @@ class BlockDiffusionTransformer(nn.Module):
         self.head = nn.Linear(d_model, vocab_size - 1, bias=False)                               # no row for [MASK]
         nn.init.normal_(self.embed.weight, std=0.02)
 
-    def forward(self, tokens, positions, mask, cache=None):
-        """tokens (N,S) long, positions (S,) long, mask (S,S) bool, True = may attend -> logits (N,S,vocab_size).
+    def forward(self, tokens, positions, mask, cache=None, ask=None, past=None, keep=None):
+        """tokens (N,S) long, positions (S,) long, mask (S,T) bool, True = may attend -> logits (N,S,vocab_size).
 
-        With a cache from `new_cache`, mask is (S,T): the S tokens are the last of T; the T−S before them are in the
-        cache, and the keys and values of the S are added to it; a later call for the same places overwrites them (§4).
+        T = S for a text that is read alone. Four ways to compute no more than is needed, each tested against that one:
+          ask    (N,n) long: logits (N,n,vocab_size) for these of the S tokens only, which spares most of the last layer
+          keep   a list, to which every layer appends the keys and values (N,H,S,D) of the S tokens
+          past   such a list, of (N/copies,H,T−S,D): the S tokens see these first, then themselves. Row i of the past
+                 belongs to the rows i·copies .. (i+1)·copies−1 of tokens
+          cache  from `new_cache`; holds the T−S tokens before the S, and takes them in. A later call for the same
+                 places overwrites them (§4)
         """
         frequencies = 10_000.0 ** -torch.arange(0, 1, 2 / self.head_dim, device=tokens.device)   # (D/2,)
         turns = torch.exp(1j * positions[:, None] * frequencies)[:, None, None]                  # (S, 1, 1, D/2)
         x = self.embed(tokens)                                                                   # (N, S, d_model)
         for i, block in enumerate(self.blocks):
-            x = block(x, turns, mask, None if cache is None else cache[i])
+            last = i == len(self.blocks) - 1
+            x, own = block(x, turns, mask, None if cache is None else cache[i], ask if last else None, past and past[i])
+            if keep is not None:
+                keep.append(own)
         return F.pad(self.head(self.norm(x)).float(), (0, 1), value=-math.inf)                   # (N, S, vocab_size)
 
     def new_cache(self, num_seqs, length):
@@ -155,9 +169,7 @@ class BlockDiffusionTransformer(nn.Module):
         return self.embed.weight.new_zeros(len(self.blocks), 2, num_seqs, self.n_head, length, self.head_dim)
 
 
-# ======================================================================================================================
-# §2  Masks
-#
+# ==== §2  Masks =======================================================================================================
 # What it teaches: how one pass scores every block, each given its true history, without any block seeing its answer.
 #
 # To score block b, the model must read the clean tokens before b, and a noisy version of b. Done naively that is one
@@ -165,7 +177,6 @@ class BlockDiffusionTransformer(nn.Module):
 # the histories, the noisy half asks the questions. A noisy token may look at clean blocks *strictly before* its own:
 # with >= in place of that one >, it would read its own answer, the loss would fall to 0, and it would learn to copy.
 # K noisy copies with different masks share the one clean half, so K Monte-Carlo samples take one (longer) pass.
-# ======================================================================================================================
 
 
 def block_causal_mask(length, block_size, device=None):
@@ -228,9 +239,7 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     return clean_to_clean | noisy_to_clean | noisy_to_own_block
 
 
-# ======================================================================================================================
-# §3  Forward process and ELBO
-#
+# ==== §3  Forward process and ELBO ====================================================================================
 # What it teaches: the noise, and the one number that is both the pretraining loss and the policy's likelihood estimate.
 #
 # Noise means hiding: in every block, draw a count m uniformly from 1..B, and replace m random tokens by [MASK]. The
@@ -244,7 +253,6 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 # (the inner sum runs over the B tokens of a block, and m is that block's own count).
 #
 # Pretraining maximises it over data. RL uses a sample of it, with K draws of the masks, as L̂. Same line, two jobs.
-# ======================================================================================================================
 
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
@@ -258,15 +266,19 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
 
 def token_log_probs(model, prompts, completions, masks, block_size):
     """log p(y_i | its noisy copy) for every position, hidden or not: prompts (N,P), completions (N,L), masks (N,K,L)
-    bool -> (N,K,L) float. One pass over [prompt | completion | K noisy copies] under the staircase mask."""
-    (N, K, L), P = masks.shape, prompts.shape[1]
-    noisy = torch.where(masks, model.mask_id, completions[:, None])                              # (N, K, L)
-    tokens = torch.cat((prompts, completions, noisy.flatten(1)), dim=1)                          # (N, P + L + K·L)
-    positions = staircase_positions(P, L, K, tokens.device)
-    mask = staircase_mask(P, L, block_size, K, tokens.device)
-    log_p = model(tokens, positions, mask)[:, P + L :].log_softmax(-1).view(N, K, L, -1)         # (N, K, L, vocab)
-    targets = completions[:, None, :, None].expand(N, K, L, 1)
-    return log_p.gather(-1, targets).squeeze(-1)                                                 # (N, K, L)
+    bool -> (N,K,L) float.
+
+    These are the logits of one pass over [prompt | completion | K noisy copies] under `staircase_mask`, cut along its
+    zeros, so that the cost grows with K and not with K². The clean tokens see no noisy one: they are read first, and
+    only their keys and values are kept. A copy sees the clean tokens and itself: each becomes a row of its own.
+    """
+    (N, K, L), (_, P), device = masks.shape, prompts.shape, prompts.device
+    mask, positions = staircase_mask(P, L, block_size, 1, device), staircase_positions(P, L, 1, device)
+    clean, past = torch.cat((prompts, completions), dim=1), []                                   # (N, P + L)
+    model(clean, positions[: P + L], mask[: P + L, : P + L], ask=clean[:, :0], keep=past)        # asks for no logits
+    noisy = torch.where(masks, model.mask_id, completions[:, None]).flatten(0, 1)                # (N·K, L)
+    log_p = model(noisy, positions[P + L :], mask[P + L :], past=past).log_softmax(-1)           # (N·K, L, vocab)
+    return log_p.view(N, K, L, -1).gather(-1, completions[:, None, :, None].expand(N, K, L, 1)).squeeze(-1)
 
 
 def elbo(model, prompts, completions, masks, block_size):
@@ -284,9 +296,7 @@ def pretraining_loss(model, prompts, completions, masks, block_size):
     return -elbo(model, prompts, completions, masks, block_size).mean() / completions.shape[1]
 
 
-# ======================================================================================================================
-# §4  Rollout
-#
+# ==== §4  Rollout =====================================================================================================
 # What it teaches: sampling, and which of its choices have a probability that somebody can compute.
 #
 # Blocks are written left to right. Inside a block one token is revealed per step, and the model looks again after each.
@@ -294,7 +304,6 @@ def pretraining_loss(model, prompts, completions, masks, block_size):
 # orders, and §5 computes it exactly. This is the policy that RL trains. order="confidence" picks the place where the
 # model is surest. It answers better, but the place now depends on all the probabilities, and the likelihood of y under
 # *that* policy is another, harder sum: so it is used for evaluation only.
-# ======================================================================================================================
 
 
 @torch.no_grad()
@@ -313,27 +322,29 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
     positions = torch.arange(P + L, device=device)
     may_attend = block_causal_mask(P + L, B, device)
     cache = model.new_cache(N, P + L)
-    rows = torch.arange(N, device=device)
-    known = 0                                                         # the cache holds tokens[:, :known] for good
+    known, total = 0, 0.0                                             # the cache holds tokens[:, :known] for good
     for start in range(P, P + L, B):
-        end = start + B
-        lots = torch.rand(N, B, generator=generator, device=device)       # (N, B) the highest place is revealed first
+        places = torch.arange(start, start + B, device=device).expand(N, B)
+        lots = torch.rand(N, B, generator=generator, device=device)   # drawn before the model is asked
+        drawn = places.gather(1, lots.argsort(-1, descending=True))                              # (N, B)
         for step in range(B):
-            logits = model(tokens[:, known:end], positions[known:end], may_attend[known:end, :end], cache)[:, -B:]
+            ask = drawn[:, step : step + 1] if order == "random" else places                     # (N, 1) or (N, B)
+            new, end = slice(known, start + B), start + B
+            logits = model(tokens[:, new], positions[new], may_attend[new, :end], cache, ask=ask - known)
             known = start
-            probs = (logits / (temperature or 1.0)).softmax(-1)                                  # (N, B, vocab)
-            score = lots if order == "random" else probs.amax(-1)
-            hidden = tokens[:, start:end] == model.mask_id
-            place = score.masked_fill(~hidden, -1.0).argmax(-1)                                  # (N,)
-            probs = probs[rows, place]                                                           # (N, vocab)
-            token = torch.multinomial(probs, 1, generator=generator)[:, 0] if temperature else probs.argmax(-1)
-            tokens[rows, start + place] = token
+            probs = (logits / (temperature or 1.0)).softmax(-1)                                  # (N, 1 or B, vocab)
+            hidden = tokens.gather(1, ask) == model.mask_id
+            surest = probs.amax(-1).masked_fill(~hidden, -1.0).argmax(-1, keepdim=True)          # (N, 1)
+            place, probs = ask.gather(1, surest), probs.take_along_dim(surest[:, :, None], 1)    # (N, 1), (N, 1, vocab)
+            race = torch.empty_like(probs).exponential_(generator=generator) if temperature else 1.0
+            tokens.scatter_(1, place, (probs / race).argmax(-1))      # p / Exp(1) is largest with probability p
+            total = total + probs.sum()
+    if not math.isfinite(total):
+        raise FloatingPointError("the model's probabilities are not finite")
     return tokens[:, P:]
 
 
-# ======================================================================================================================
-# §5  The exact answers
-#
+# ==== §5  The exact answers ===========================================================================================
 # What it teaches: what L̂ is an estimate *of*, what the truth costs, and how much noise exp makes of the difference.
 #
 # A block of B tokens has only 2^B − 1 ways to hide something. For B = 2 that is 3: give each a noisy copy, and one pass
@@ -347,7 +358,6 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # (README). More copies lower it as 1/√K. Sharing the masks between L̂_old and L̂_θ makes most of it cancel (--masks
 # shared): wherever that can be done, do it first. mean_field, which hides everything, has none; but it is another
 # policy's likelihood.
-# ======================================================================================================================
 
 
 def mean_field(model, prompts, completions, block_size):
@@ -409,9 +419,7 @@ ESTIMATORS = {
 }
 
 
-# ======================================================================================================================
-# §6  The two losses
-#
+# ==== §6  The two losses ==============================================================================================
 # What it teaches: the corner that GRPO leaves open; line 1 of StableDRL, which closes it; and line 2, which steadies
 # the size of the update. Both are marked below.
 #
@@ -438,7 +446,6 @@ ESTIMATORS = {
 # pushed up further even where ρ̂ > 1+ε; with an accurate ratio GRPO comes out slightly ahead (README).
 #
 # At ρ̂ = 1 both losses have the same gradient, −mean A·g: the plain policy gradient. Their *values* mean nothing.
-# ======================================================================================================================
 
 
 def group_advantages(rewards, group_size):
@@ -476,13 +483,10 @@ LOSSES = {
 }
 
 
-# ======================================================================================================================
-# §7  Diagnostics
-#
+# ==== §7  Diagnostics =================================================================================================
 # What it teaches: what to watch. The largest ratio and the effective sample size tell how noisy the ratios are, under
 # any loss; the gradient's norm before clipping (§8) tells what the loss makes of them. And the noise itself, estimate
 # minus truth, is what only a toy can show: here it is measured, in nats, against the exact likelihood.
-# ======================================================================================================================
 
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
@@ -506,15 +510,12 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
     return dict(zip(values, torch.stack(list(values.values())).tolist()))
 
 
-# ======================================================================================================================
-# §8  Training
-#
+# ==== §8  Training ====================================================================================================
 # What it teaches: where old and new policy part. Completions are sampled, judged, and used for μ optimiser steps. At
 # the first step θ = θ_old and every true ratio is 1; later it is not, and ρ corrects for that. The *estimate* ρ̂ is
 # noisy from the first step on, since L̂_old and L̂_θ draw their masks independently (--masks independent, as in the
 # paper's analysis). `config` is the flat dataclass of §9. Random streams are separate, and depend on the seed alone:
 # with one seed, all losses and estimators start from the same base and see the same prompts in the same order.
-# ======================================================================================================================
 
 
 class TrainingFailed(Exception):
@@ -550,10 +551,14 @@ def to_tokens(task, texts, device):
 
 
 def new_model(task, config, device):
-    """An untrained model, the same for the same seed."""
+    """An untrained model, the same for the same seed; its forward wrapped as --bf16 and --compile ask."""
     with torch.random.fork_rng(devices=[]):                           # leaves the global random state as it was
         torch.manual_seed(config.seed)
         model = BlockDiffusionTransformer(len(task.vocab) + 1, config.d_model, config.n_layer, config.n_head)
+    if config.bf16:
+        model.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(model.forward)
+    if config.compile:
+        model.forward = torch.compile(model.forward)
     return model.to(device)
 
 
@@ -583,14 +588,17 @@ def sampled_reward(model, task, config, n=2000):
 
 def pretrain(task, config, device):
     """The base policy: maximise the ELBO of right answers, and stop at --base_accuracy, so that RL has work to do.
-    TrainingFailed if --pretrain_updates do not get there."""
+    TrainingFailed if --pretrain_updates do not get there, or the model breaks on the way."""
     model = new_model(task, config, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.pretrain_lr, weight_decay=0.0)
     rng, generator = np.random.default_rng([config.seed, 0]), stream(config, "pretrain", device)
     with tqdm(total=config.pretrain_updates, desc=f"pretrain seed {config.seed}", leave=False) as bar:
         for update in range(config.pretrain_updates + 1):
             if update % 10 == 0 or update == config.pretrain_updates:
-                reached = accuracy(model, task, config.block_size)
+                try:
+                    reached = accuracy(model, task, config.block_size)
+                except FloatingPointError as error:
+                    raise TrainingFailed(f"pretraining broke at update {update}: {error}; lower its rate") from error
                 bar.set_postfix_str(f"accuracy {reached:.2f} of {config.base_accuracy:.2f}")
                 if reached >= config.base_accuracy:
                     return model
@@ -623,7 +631,7 @@ def collect(model, task, config, rng, sample_stream, mask_stream, with_truth):
 
 def policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise=False):
     """One optimiser step on one batch of rollouts -> dict: the diagnostics of §7, and grad_norm before clipping.
-    measure_noise needs the rollouts' old_truth."""
+    measure_noise needs the rollouts' old_truth. FloatingPointError, before the step, where a number is not finite."""
     prompts, completions, B = rollouts.prompts, rollouts.completions, config.block_size
     hidden = rollouts.masks if config.masks == "shared" else sample_masks(*rollouts.masks.shape, B, mask_stream)
     log_prob = ESTIMATORS[config.estimator](model, prompts, completions, hidden, B)              # (N,) L̂_θ
@@ -636,11 +644,15 @@ def policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise
     loss = LOSSES[config.loss][0](log_ratio, rollouts.advantages, config.clip_eps, config.group_size)
     optimizer.zero_grad()
     loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf).item()
-    if not math.isfinite(grad_norm):
-        raise TrainingFailed(f"the gradient is {grad_norm}; the largest log-ratio is {log_ratio.max().item():.4g}")
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    if not math.isfinite(grad_norm + loss.detach() + log_ratio.detach().sum()):
+        worst = log_ratio.detach().abs().nan_to_num(math.inf).argmax().item()
+        text = "".join(decode(TASKS[config.task], [[*prompts[worst].tolist(), *completions[worst].tolist()]]))
+        raise FloatingPointError(f"the loss is {loss:.4g}, the gradient's norm {grad_norm:.4g}, and the log-ratio of "
+                                 f"sample {worst}, {text!r}, {log_ratio[worst]:.4g}")
+    values = {"grad_norm": grad_norm.item()} | ratio_diagnostics(log_ratio, config.clip_eps, config.group_size, truth)
     optimizer.step()
-    return {"grad_norm": grad_norm, **ratio_diagnostics(log_ratio, config.clip_eps, config.group_size, truth)}
+    return values
 
 
 def log_row(update, recent, accuracy_now, seconds):
@@ -653,50 +665,130 @@ def log_row(update, recent, accuracy_now, seconds):
             "seconds": round(seconds, 2)}
 
 
+# What reading a file may raise that is no checkpoint of ours: damaged, foreign or hostile (weights_only runs no code)
+BAD_FILE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
+
+
+class Run:
+    """A training run between two updates: everything that its future depends on, to be written to disk and read back.
+
+    Starts from the policy `base` (a state dict), or, where the run's folder has a checkpoint, from that: then base is
+    not needed. ValueError, in one line, if the checkpoint cannot be read or was made with other settings.
+    """
+
+    def __init__(self, task, config, device, base=None):
+        self.path, self.config = run_folder(config) / "checkpoint.pt", config
+        self.settings = {name: value for name, value in vars(config).items() if name not in ("out", "resume")}
+        self.model = new_model(task, config, device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.rng = np.random.default_rng([config.seed, 1])
+        self.streams = {name: stream(config, name, device) for name in ("samples", "masks")}
+        self.base, self.rollouts, self.recent, self.rows, self.update, self.seconds = base, None, [], [], 0, 0.0
+        if os.path.lexists(self.path):
+            try:
+                self.load(torch.load(self.path, map_location="cpu", weights_only=True), device)
+            except BAD_FILE as error:
+                raise ValueError(f"{self.path}: {' '.join(str(error).split())[:200] or repr(error)}") from None
+        else:
+            self.model.load_state_dict(base)
+
+    def save(self):
+        """Write the checkpoint under another name, all the way to the disk, and rename it: a crash leaves the last."""
+        names = ("base", "recent", "rows", "update", "seconds")
+        with open(self.path.with_suffix(".tmp"), "wb") as file:
+            torch.save({
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "config": self.settings,
+                "rng": self.rng.bit_generator.state, "rollouts": self.rollouts and self.rollouts._asdict(),
+                "streams": {name: stream.get_state() for name, stream in self.streams.items()},
+                **{name: getattr(self, name) for name in names}}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, self.path)
+
+    def load(self, saved, device):
+        """Take up what `save` wrote. --updates may be another than then, if it is not fewer than are done."""
+        there = dict(saved["config"], updates=self.config.updates)
+        other = [f"--{name} was {there.get(name)}, now {value}" for name, value in self.settings.items()
+                 if there.get(name) != value]
+        if other:
+            raise ValueError(f"a run with other settings cannot be resumed: {'; '.join(other)}")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.rng.bit_generator.state = saved["rng"]
+        for name, stream in self.streams.items():
+            stream.set_state(saved["streams"][name])
+        if saved["rollouts"] is not None:
+            self.rollouts = Rollouts(**{name: value.to(device) if isinstance(value, torch.Tensor) else value
+                                        for name, value in saved["rollouts"].items()})
+        self.base, self.recent, self.rows = saved["base"], list(saved["recent"]), list(saved["rows"])
+        self.update, self.seconds = int(saved["update"]), float(saved["seconds"])
+        if not len(self.rows) * self.config.log_every <= self.update <= self.config.updates:
+            raise ValueError(f"{self.update} updates are done already: --updates must be at least that")
+
+    def step(self, task):
+        """One update, after a fresh batch of rollouts where μ updates have used up the last -> values for the log."""
+        c, batch_end = self.config, self.update - self.update % self.config.mu + self.config.mu
+        measure = batch_end % c.log_every == 0 and c.block_size <= MAX_EXACT_BLOCK    # does it end with a log line?
+        if self.update % c.mu == 0:                                                   # θ_old = θ
+            self.rollouts = collect(self.model, task, c, self.rng, *self.streams.values(), with_truth=measure)
+        self.update += 1
+        values = policy_update(self.model, self.optimizer, self.rollouts, c, self.streams["masks"],
+                               measure_noise=measure and self.update == batch_end)
+        self.recent.append({"reward": self.rollouts.reward, **values})
+
+
+@contextlib.contextmanager
+def postponed_interrupt():
+    """Ctrl-C must not fall into the middle of an update: inside this, it only fills the list that is given."""
+    stop, before = [], signal.getsignal(signal.SIGINT)
+    with contextlib.suppress(ValueError):                             # outside the main thread, which alone gets it
+        signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    try:
+        yield stop
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, before)
+
+
 def train(base, task, config, device):
     """Train a copy of the policy `base` (a state dict) by RL -> (model, rows of the log). Writes <run>/log.jsonl, a
-    config line and then a row every --log_every updates, and <run>/checkpoint.pt with each row. TrainingFailed, naming
-    the update, if the gradient stops being finite; the rows until then are in the log."""
-    model = new_model(task, config, device)
-    model.load_state_dict(base)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    rng = np.random.default_rng([config.seed, 1])
-    sample_stream, mask_stream = stream(config, "samples", device), stream(config, "masks", device)
-    folder, rows, recent, start = run_folder(config), [], [], time.perf_counter()
-    folder.mkdir(parents=True)                                        # FileExistsError: never write over another run
-    with open(folder / "log.jsonl", "w") as log, tqdm(total=config.updates, desc=folder.name, leave=False) as bar:
-        settings = dataclasses.asdict(config)
-        log.write(json.dumps({name: value for name, value in settings.items() if name != "out"}) + "\n")
-        for update in range(1, config.updates + 1):
-            if (update - 1) % config.mu == 0:                         # θ_old = θ: a fresh batch
-                logged = (update - 1 + config.mu) % config.log_every == 0       # does this batch end with a log line?
-                measure = logged and config.block_size <= MAX_EXACT_BLOCK
-                rollouts = collect(model, task, config, rng, sample_stream, mask_stream, with_truth=measure)
-            last = update % config.log_every == 0
+    config line and then a row every --log_every updates, and <run>/checkpoint.pt with each row; with config.resume goes
+    on from there. TrainingFailed, naming update, sample and checkpoint, where a number stops being finite; Ctrl-C ends
+    it after the update in progress, with a checkpoint."""
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=config.resume)                # FileExistsError: never write over another run
+    run, log = Run(task, config, device, base), folder / "log.jsonl"
+    start = time.perf_counter() - run.seconds
+    run.save()                                                        # so that no log is ever without a checkpoint
+    log.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in (run.settings, *run.rows)))
+    os.replace(log.with_suffix(".tmp"), log)                          # a kill may leave half a line, or one too many
+    with open(log, "a") as log, postponed_interrupt() as stop, tqdm(
+            total=config.updates, initial=run.update, desc=folder.name, leave=False) as bar:
+        while run.update < config.updates:
             try:
-                values = policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise=measure and last)
-            except TrainingFailed as error:
-                raise TrainingFailed(f"{folder.name} stopped at update {update}: {error}; see {folder}") from None
-            recent.append({"reward": rollouts.reward, **values})
+                run.step(task)
+                if run.update % config.log_every == 0:
+                    reached = accuracy(run.model, task, config.block_size)
+            except FloatingPointError as error:
+                raise TrainingFailed(f"{folder.name} stopped at update {run.update}: {error}; the last good checkpoint "
+                                     f"is {run.path}") from None
             bar.update()
-            if last:
-                reached = accuracy(model, task, config.block_size)
-                rows.append(log_row(update, recent, reached, time.perf_counter() - start))
-                recent = []
-                log.write(json.dumps(rows[-1]) + "\n")
+            run.seconds = time.perf_counter() - start
+            if run.update % config.log_every == 0:
+                run.rows.append(log_row(run.update, run.recent, reached, run.seconds))
+                run.recent = []
+                log.write(json.dumps(run.rows[-1]) + "\n")
                 log.flush()
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "base": base,
-                            "config": settings, "update": update}, folder / "checkpoint.tmp")
-                os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")      # a crash leaves the last good one
-                bar.set_postfix({name: f"{rows[-1][name]:.2g}" for name in ("reward", "accuracy", "ratio_max")})
-    return model, rows
+                bar.set_postfix({name: f"{run.rows[-1][name]:.2g}" for name in ("reward", "accuracy", "ratio_max")})
+            if stop or not run.recent:
+                run.save()
+            if stop:
+                raise KeyboardInterrupt
+    return run.model, run.rows
 
 
-# ======================================================================================================================
-# §9  Command line
-#
+# ==== §9  Command line ================================================================================================
 # What it teaches: every number that the reader may change, once. `Config` becomes the flags, and a log's first line.
-# ======================================================================================================================
 
 HEADLINE = (("grpo", "elbo"), ("grpo", "exact"), ("stabledrl", "elbo"))  # (loss, estimator) of the main job
 
@@ -733,6 +825,9 @@ class Config:
     pretrain_updates: int = flag(2000, "pretraining fails if it needs more updates than this")
     log_every: int = flag(20, "updates per line of the log, a multiple of μ")
     device: str = flag("auto", "auto takes cuda where there is one", ("auto", "cpu", "cuda"))
+    bf16: bool = flag(False, "matrix products in bfloat16; likelihoods and losses stay float32")
+    compile: bool = flag(False, "torch.compile the model: may pay on a GPU, never at toy size on a CPU")
+    resume: bool = flag(False, "go on with the runs whose folders exist, from their checkpoints")
     out: str = flag("runs", "folder of the run folders, and of the figure of --plot")
 
 
@@ -756,7 +851,10 @@ def problem(config):
         (c.log_every % c.mu == 0, f"--log_every must be a multiple of --mu (got {c.log_every}, {c.mu})"),
         (c.updates % c.log_every == 0, f"--updates must be a multiple of --log_every (got {c.updates}, {c.log_every})"),
         (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA device; use --device cpu"),
-        (not os.path.lexists(folder), f"{folder} already exists: choose another --out, or move it away"),
+        (c.resume or not os.path.lexists(folder), f"{folder} already exists: --resume goes on with it; for a new run "
+         "choose another --out"),
+        (os.path.lexists(folder / "checkpoint.pt") or not os.path.lexists(folder / "log.jsonl"),
+         f"{folder} has a log, but no checkpoint.pt to resume from: move it away, or choose another --out"),
     )
     return next((message for holds, message in rules if not holds), None)
 
@@ -768,10 +866,12 @@ def parse(argv=None):
     parser.error = lambda message: parser.exit(2, f"stabledrl.py: error: {' '.join(message.split())}\n")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="only draw the logs of run folders, to OUT/plot.svg")
     for field in dataclasses.fields(Config):
+        kind = {"action": "store_true"} if field.type is bool else {
+            "type": field.type, "choices": field.metadata["choices"],
+            "nargs": "+" if field.name in ("loss", "estimator", "seed") else None}
         parser.add_argument(
-            f"--{field.name}", type=field.type, choices=field.metadata["choices"], default=field.default,
-            nargs="+" if field.name in ("loss", "estimator", "seed") else None,
-            help=field.metadata["help"] + ("" if field.default is None else f" (default {field.default})"))
+            f"--{field.name}", default=field.default, **kind,
+            help=field.metadata["help"] + ("" if field.default in (None, False) else f" (default {field.default})"))
     flags = vars(parser.parse_args(argv))
     folders, out = flags.pop("plot"), Path(flags["out"])
     if folders:
@@ -793,6 +893,11 @@ def parse(argv=None):
         configs.append(Config(**{**flags, "loss": loss, "estimator": estimator, "seed": seed, "clip_eps": clip_eps}))
         if wrong := problem(configs[-1]):
             parser.error(wrong)
+        if os.path.lexists(run_folder(configs[-1]) / "checkpoint.pt"):
+            try:
+                Run(TASKS[flags["task"]], configs[-1], flags["device"])
+            except ValueError as error:
+                parser.error(f"--resume: {error}")
     if len(set(configs)) < len(configs):
         parser.error("--loss, --estimator and --seed: every value once, please")
     try:
@@ -872,6 +977,16 @@ def plot(folders, out):
     figure.savefig(out / "plot.svg", metadata={"Date": None})
 
 
+def base_policy(task, group, device):
+    """The base of the runs `group` of one seed: from a run that is resumed, or by pretraining."""
+    base = new_model(task, group[0], device)
+    for config in group:
+        if (run_folder(config) / "checkpoint.pt").exists():
+            base.load_state_dict(Run(task, config, device).base)
+            return base
+    return pretrain(task, group[0], device)
+
+
 def main(argv=None):
     """Run what the command line asks for: one base per seed, every policy from it, then table, verdict and answers.
     TrainingFailed at the end if a policy could not be trained to its end."""
@@ -881,7 +996,7 @@ def main(argv=None):
     for seed, group in itertools.groupby(configs, key=lambda config: config.seed):
         config, *_ = group = list(group)
         try:
-            base = pretrain(task, config, device)
+            base = base_policy(task, group, device)
         except TrainingFailed as error:                               # the other seeds still have their turn
             failures.append(f"seed {seed}: {error}")
             continue
@@ -893,7 +1008,7 @@ def main(argv=None):
             try:
                 model, rows = train(base.state_dict(), task, config, device)
             except (TrainingFailed, OSError) as error:                # and so do the other policies
-                failures.append(str(error))
+                failures.append(str(error) if isinstance(error, TrainingFailed) else f"{name}: {error}; see --resume")
                 continue
             results.append((config, reward, rows))
             print(f"{name}: {config.updates} updates in {rows[-1]['seconds']:.0f} s, log and checkpoint in "
@@ -914,4 +1029,4 @@ if __name__ == "__main__":
     except TrainingFailed as error:
         sys.exit(f"stabledrl.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("stabledrl.py: interrupted; what was logged until now is in the run folders")
+        sys.exit("stabledrl.py: interrupted; the same command with --resume goes on from here")

@@ -340,7 +340,7 @@ def test_confidence_is_measured_at_temperature_one():
         def new_cache(self, *_):
             return None
 
-        def forward(self, tokens, positions, mask, cache=None):
+        def forward(self, tokens, positions, mask, cache=None, ask=None):
             logits = torch.tensor([[1.0, 0.0, -50.0, -50.0], [2.6, 0.0, 0.0, 0.0]])
             logits = logits.roll(int((tokens[0] != 4).sum()), dims=1)
             return torch.nn.functional.pad(logits, (0, 1), value=-math.inf)[None]
@@ -359,9 +359,9 @@ def test_random_order_is_a_fair_die():
         def new_cache(self, *_):
             return None
 
-        def forward(self, tokens, positions, mask, cache=None):
+        def forward(self, tokens, positions, mask, cache=None, ask=None):
             revealed = (tokens[:, -3:] != 4).sum(1)
-            return torch.nn.functional.one_hot(revealed, 5)[:, None].expand(-1, tokens.shape[1], -1).float() * 1e4
+            return torch.nn.functional.one_hot(revealed, 5)[:, None].expand(-1, ask.shape[1], -1).float() * 1e4
 
     orders = Counter(
         map(tuple, S.generate(Counting(), torch.zeros(6_000, 0, dtype=torch.long), 3, 3, generator=seeded()).tolist())
@@ -656,7 +656,7 @@ def test_all_policies_share_base_and_prompts(tmp_path, monkeypatch):
 
 def test_log_holds_config_and_documented_columns(tmp_path):
     ((config, rows),) = run(tmp_path).values()
-    assert set(config) == {field.name for field in dataclasses.fields(S.Config)} - {"out"}
+    assert set(config) == {field.name for field in dataclasses.fields(S.Config)} - {"out", "resume"}
     assert [row["update"] for row in rows] == [2, 4]
     table = README[README.index("| column") :].split("\n\n")[0]
     assert set(rows[0]) == set(re.findall(r"^\| `(\w+)`", table, re.M))
