@@ -31,9 +31,7 @@ a hat marks an estimate (ρ̂, L̂), no hat the truth (ρ); g_j is the gradient 
   A      advantages    (N,)        how much better than its group a completion was
   ε      clip_eps                  ratios are clipped to [1−ε, 1+ε]
   μ      mu                        optimiser steps ("updates") that reuse one batch of rollouts
-In shape comments S and T count tokens, H heads, D features per head.
-
-What is simplified against the paper stands in README.md.
+In shape comments S and T count tokens, H heads, D features per head. README.md lists what is simplified.
 
   python stabledrl.py                                                  the main job: under 4 minutes on 2 CPU cores
   python stabledrl.py --loss stabledrl --updates 4000 --out further    one policy, for longer
@@ -79,8 +77,8 @@ def rotate(x, turns):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of S tokens over those that `mask` (S,T) allows. What `ask`, `past` and `cache` are for, and
-    their shapes, is said in BlockDiffusionTransformer.forward; here they are those of one layer."""
+    """Multi-head attention of S tokens over those that `mask` (S,T) allows; BlockDiffusionTransformer.forward explains
+    cache, ask and past, of which a layer gets its own."""
 
     def __init__(self, d_model, n_head):
         super().__init__()
@@ -146,13 +144,12 @@ class BlockDiffusionTransformer(nn.Module):
     def forward(self, tokens, positions, mask, cache=None, ask=None, past=None, keep=None):
         """tokens (N,S) long, positions (S,) long, mask (S,T) bool, True = may attend -> logits (N,S,vocab_size).
 
-        T = S for a text that is read alone. Four ways to compute no more than is needed, each tested against that one:
-          ask    (N,n) long: logits (N,n,vocab_size) for these of the S tokens only, which spares most of the last layer
-          keep   a list, to which every layer appends the keys and values (N,H,S,D) of the S tokens
-          past   such a list, of (N/copies,H,T−S,D): the S tokens see these first, then themselves. Row i of the past
-                 belongs to the rows i·copies .. (i+1)·copies−1 of tokens
-          cache  from `new_cache`; holds the T−S tokens before the S, and takes them in. A later call for the same
+        A text that is read alone has T = S. The rest is for speed, and tested against that:
+          cache  from `new_cache`: holds the T−S tokens before the S, and takes in the S; a later call for the same
                  places overwrites them (§4)
+          ask    (N,n) long: logits (N,n,vocab_size) for these of the S tokens only, which spares most of the last layer
+          keep   a list to which every layer appends the keys and values (N,H,S,D) of the S tokens
+          past   such a list, (N/K,H,T−S,D): the S see it as well as themselves; a row of it serves K rows of tokens
         """
         frequencies = 10_000.0 ** -torch.arange(0, 1, 2 / self.head_dim, device=tokens.device)   # (D/2,)
         turns = torch.exp(1j * positions[:, None] * frequencies)[:, None, None]                  # (S, 1, 1, D/2)
@@ -268,9 +265,9 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     """log p(y_i | its noisy copy) for every position, hidden or not: prompts (N,P), completions (N,L), masks (N,K,L)
     bool -> (N,K,L) float.
 
-    These are the logits of one pass over [prompt | completion | K noisy copies] under `staircase_mask`, cut along its
-    zeros, so that the cost grows with K and not with K². The clean tokens see no noisy one: they are read first, and
-    only their keys and values are kept. A copy sees the clean tokens and itself: each becomes a row of its own.
+    The same numbers as one pass over [prompt | completion | K noisy copies] under `staircase_mask`, but cut along its
+    zeros, so that the cost grows with K and not with K²: the clean tokens see no noisy one, so they are read first, and
+    their keys and values kept; a copy sees only them and itself, so each becomes a row of its own.
     """
     (N, K, L), (_, P), device = masks.shape, prompts.shape, prompts.device
     mask, positions = staircase_mask(P, L, block_size, 1, device), staircase_positions(P, L, 1, device)
@@ -598,7 +595,7 @@ def pretrain(task, config, device):
                 try:
                     reached = accuracy(model, task, config.block_size)
                 except FloatingPointError as error:
-                    raise TrainingFailed(f"pretraining broke at update {update}: {error}; lower its rate") from error
+                    raise TrainingFailed(f"pretraining, update {update}: {error}; lower --pretrain_lr") from error
                 bar.set_postfix_str(f"accuracy {reached:.2f} of {config.base_accuracy:.2f}")
                 if reached >= config.base_accuracy:
                     return model
@@ -665,16 +662,9 @@ def log_row(update, recent, accuracy_now, seconds):
             "seconds": round(seconds, 2)}
 
 
-# What reading a file may raise that is no checkpoint of ours: damaged, foreign or hostile (weights_only runs no code)
-BAD_FILE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError)
-
-
 class Run:
-    """A training run between two updates: everything that its future depends on, to be written to disk and read back.
-
-    Starts from the policy `base` (a state dict), or, where the run's folder has a checkpoint, from that: then base is
-    not needed. ValueError, in one line, if the checkpoint cannot be read or was made with other settings.
-    """
+    """A training run between two updates: all that its future depends on. It starts from the policy `base` (a state
+    dict), or from the checkpoint in its folder, where there is one. ValueError, one line, if that cannot be used."""
 
     def __init__(self, task, config, device, base=None):
         self.path, self.config = run_folder(config) / "checkpoint.pt", config
@@ -684,52 +674,49 @@ class Run:
         self.rng = np.random.default_rng([config.seed, 1])
         self.streams = {name: stream(config, name, device) for name in ("samples", "masks")}
         self.base, self.rollouts, self.recent, self.rows, self.update, self.seconds = base, None, [], [], 0, 0.0
-        if os.path.lexists(self.path):
-            try:
-                self.load(torch.load(self.path, map_location="cpu", weights_only=True), device)
-            except BAD_FILE as error:
-                raise ValueError(f"{self.path}: {' '.join(str(error).split())[:200] or repr(error)}") from None
-        else:
+        if not os.path.lexists(self.path):
             self.model.load_state_dict(base)
+            return
+        try:                                                          # weights_only: a hostile file runs no code
+            self.restore(torch.load(self.path, map_location=device, weights_only=True))
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
+                AttributeError) as error:
+            raise ValueError(f"{self.path} cannot be resumed: {' '.join(repr(error).split())[:400]}") from None
 
     def save(self):
-        """Write the checkpoint under another name, all the way to the disk, and rename it: a crash leaves the last."""
-        names = ("base", "recent", "rows", "update", "seconds")
+        """Write the checkpoint under another name, all the way to the disk, then rename it: a crash leaves the last."""
         with open(self.path.with_suffix(".tmp"), "wb") as file:
             torch.save({
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "config": self.settings,
+                "config": self.settings, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "rng": self.rng.bit_generator.state, "rollouts": self.rollouts and self.rollouts._asdict(),
-                "streams": {name: stream.get_state() for name, stream in self.streams.items()},
-                **{name: getattr(self, name) for name in names}}, file)
+                "streams": [stream.get_state() for stream in self.streams.values()],
+                **{name: vars(self)[name] for name in ("base", "recent", "rows", "update", "seconds")}}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, self.path)
 
-    def load(self, saved, device):
-        """Take up what `save` wrote. --updates may be another than then, if it is not fewer than are done."""
-        there = dict(saved["config"], updates=self.config.updates)
-        other = [f"--{name} was {there.get(name)}, now {value}" for name, value in self.settings.items()
-                 if there.get(name) != value]
+    def restore(self, saved):
+        """Take up what `save` wrote. Only --updates may be another than then, if it is not fewer than are done."""
+        then = dict(saved["config"], updates=self.config.updates)
+        other = [name for name, now in self.settings.items() if then.get(name) != now]
         if other:
-            raise ValueError(f"a run with other settings cannot be resumed: {'; '.join(other)}")
+            raise ValueError("; ".join(f"--{name} was {then.get(name)}, now {self.settings[name]}" for name in other))
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.bit_generator.state = saved["rng"]
-        for name, stream in self.streams.items():
-            stream.set_state(saved["streams"][name])
-        if saved["rollouts"] is not None:
-            self.rollouts = Rollouts(**{name: value.to(device) if isinstance(value, torch.Tensor) else value
-                                        for name, value in saved["rollouts"].items()})
+        for stream, state in zip(self.streams.values(), saved["streams"], strict=True):
+            stream.set_state(state.cpu())
+        self.rollouts = saved["rollouts"] and Rollouts(**saved["rollouts"])
         self.base, self.recent, self.rows = saved["base"], list(saved["recent"]), list(saved["rows"])
         self.update, self.seconds = int(saved["update"]), float(saved["seconds"])
         if not len(self.rows) * self.config.log_every <= self.update <= self.config.updates:
-            raise ValueError(f"{self.update} updates are done already: --updates must be at least that")
+            raise ValueError(f"{self.update} updates are done: --updates must be at least that")
 
     def step(self, task):
-        """One update, after a fresh batch of rollouts where μ updates have used up the last -> values for the log."""
+        """One update; before it, a fresh batch of rollouts if the last has been used μ times."""
         c, batch_end = self.config, self.update - self.update % self.config.mu + self.config.mu
         measure = batch_end % c.log_every == 0 and c.block_size <= MAX_EXACT_BLOCK    # does it end with a log line?
-        if self.update % c.mu == 0:                                                   # θ_old = θ
+        if self.update % c.mu == 0:                                   # θ_old = θ
             self.rollouts = collect(self.model, task, c, self.rng, *self.streams.values(), with_truth=measure)
         self.update += 1
         values = policy_update(self.model, self.optimizer, self.rollouts, c, self.streams["masks"],
@@ -737,50 +724,40 @@ class Run:
         self.recent.append({"reward": self.rollouts.reward, **values})
 
 
-@contextlib.contextmanager
-def postponed_interrupt():
-    """Ctrl-C must not fall into the middle of an update: inside this, it only fills the list that is given."""
-    stop, before = [], signal.getsignal(signal.SIGINT)
-    with contextlib.suppress(ValueError):                             # outside the main thread, which alone gets it
-        signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    try:
-        yield stop
-    finally:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, before)
-
-
 def train(base, task, config, device):
     """Train a copy of the policy `base` (a state dict) by RL -> (model, rows of the log). Writes <run>/log.jsonl, a
-    config line and then a row every --log_every updates, and <run>/checkpoint.pt with each row; with config.resume goes
-    on from there. TrainingFailed, naming update, sample and checkpoint, where a number stops being finite; Ctrl-C ends
+    config line and then a row every --log_every updates, and <run>/checkpoint.pt with each row; with config.resume,
+    goes on from there. TrainingFailed, naming update, sample and checkpoint, where a number is not finite; Ctrl-C ends
     it after the update in progress, with a checkpoint."""
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=config.resume)                # FileExistsError: never write over another run
-    run, log = Run(task, config, device, base), folder / "log.jsonl"
+    run, path, stop = Run(task, config, device, base), folder / "log.jsonl", []
     start = time.perf_counter() - run.seconds
-    run.save()                                                        # so that no log is ever without a checkpoint
-    log.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in (run.settings, *run.rows)))
-    os.replace(log.with_suffix(".tmp"), log)                          # a kill may leave half a line, or one too many
-    with open(log, "a") as log, postponed_interrupt() as stop, tqdm(
+    run.save()                                                        # first, so that no log is without a checkpoint
+    path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in (run.settings, *run.rows)))
+    os.replace(path.with_suffix(".tmp"), path)                        # a kill may leave half a line, or one too many
+    with open(path, "a") as log, contextlib.ExitStack() as at_end, tqdm(
             total=config.updates, initial=run.update, desc=folder.name, leave=False) as bar:
+        if threading.current_thread() is threading.main_thread():     # Ctrl-C must not fall into the midst of an update
+            before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+            at_end.callback(signal.signal, signal.SIGINT, before)
         while run.update < config.updates:
             try:
                 run.step(task)
-                if run.update % config.log_every == 0:
-                    reached = accuracy(run.model, task, config.block_size)
+                log_now = run.update % config.log_every == 0
+                reached = accuracy(run.model, task, config.block_size) if log_now else None
             except FloatingPointError as error:
                 raise TrainingFailed(f"{folder.name} stopped at update {run.update}: {error}; the last good checkpoint "
                                      f"is {run.path}") from None
             bar.update()
             run.seconds = time.perf_counter() - start
-            if run.update % config.log_every == 0:
+            if log_now:
                 run.rows.append(log_row(run.update, run.recent, reached, run.seconds))
                 run.recent = []
                 log.write(json.dumps(run.rows[-1]) + "\n")
                 log.flush()
                 bar.set_postfix({name: f"{run.rows[-1][name]:.2g}" for name in ("reward", "accuracy", "ratio_max")})
-            if stop or not run.recent:
+            if log_now or stop:
                 run.save()
             if stop:
                 raise KeyboardInterrupt
@@ -834,14 +811,19 @@ class Config:
 def problem(config):
     """What is wrong with a Config, in one line that says what would be right, or None."""
     c, task, folder = config, TASKS[config.task], run_folder(config)
-    lowest = dict.fromkeys("updates mc prompts mu block_size d_model n_layer n_head log_every".split(), 1)
-    lowest |= {"group_size": 2} | dict.fromkeys("clip_eps max_grad_norm pretrain_updates seed".split(), 0)
-    for name, low in lowest.items():
-        if not low <= getattr(c, name) < 2**32:                       # NaN and infinity fail this as well
-            return f"--{name} must be at least {low} and below 2^32 (got {getattr(c, name)})"
+    sizes = "mc prompts mu block_size d_model n_layer n_head log_every".split()
+    bounds = dict.fromkeys(sizes, (1, 2**20)) | {"group_size": (2, 2**20), "updates": (1, 2**32)}
+    bounds |= dict.fromkeys(("clip_eps", "max_grad_norm", "pretrain_updates", "seed"), (0, 2**32))
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(c, name) < high:                        # NaN and infinity fail this as well
+            return f"--{name} must be at least {low} and below 2^{high.bit_length() - 1} (got {getattr(c, name)})"
+    tokens = c.prompts * c.group_size * (task.prompt_len + (1 + c.mc) * task.completion_len)
     rules = (
-        (0 < c.lr < math.inf and 0 < c.pretrain_lr < math.inf,
-         f"--lr and --pretrain_lr must be positive and finite (got {c.lr} and {c.pretrain_lr})"),
+        (0 < c.lr <= 1 and 0 < c.pretrain_lr <= 1,
+         f"--lr and --pretrain_lr must be positive and at most 1 (got {c.lr} and {c.pretrain_lr})"),
+        (tokens <= 2**24 and 12 * c.d_model**2 * c.n_layer <= 2**32, "this needs too much memory: --prompts × "
+         "--group_size × (P + L + --mc × L) may be at most 2^24, and 12 × --d_model² × --n_layer at most 2^32"),
+        (c.out.strip(), "--out must name a folder"),
         (0 <= c.base_accuracy <= 1, f"--base_accuracy must be from 0 to 1 (got {c.base_accuracy})"),
         (c.d_model % (2 * c.n_head) == 0, f"--d_model must be a multiple of 2·--n_head (got {c.d_model}, {c.n_head})"),
         (task.prompt_len % c.block_size == task.completion_len % c.block_size == 0, "--block_size must divide both "
@@ -878,6 +860,8 @@ def parse(argv=None):
         try:
             plot(folders, out)
             parser.exit()
+        except ImportError as error:
+            parser.error(f"--plot: {error}; pip install matplotlib")
         except (OSError, ValueError) as error:
             parser.error(f"--plot: {error}")
     losses, estimators, seeds = flags.pop("loss"), flags.pop("estimator"), flags.pop("seed")
@@ -939,33 +923,26 @@ def report(results):
 
 def plot(folders, out):
     """Draw the logs of run folders to out/plot.svg: a line per setting, the mean over its seeds, in a band of one
-    standard deviation. ValueError for a folder without a readable log, or without matplotlib."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ValueError("the figure needs matplotlib: pip install matplotlib") from None
+    standard deviation. ValueError for a folder without a readable log."""
+    import matplotlib.pyplot as plt
     panels = {"update": "", "reward": "mean reward", "ratio_max": "largest ratio, log10",
               "grad_norm": "gradient norm, log10", "noise_std": "noise, nats"}
-    runs, policies = [], {}
-    for folder in dict.fromkeys(folders):
+    policies, paths = {}, {Path(folder).resolve(): None for folder in folders}
+    for path in paths:
         try:
-            config, *rows = [json.loads(line) for line in open(Path(folder) / "log.jsonl")]
-            runs.append((config, np.array([[row[name] for name in panels] for row in rows], dtype=float)))
-            config["loss"], config["estimator"], config["seed"]
+            config, *rows = [json.loads(line) for line in open(path / "log.jsonl")]
+            values = np.array([[row[name] for name in panels] for row in rows], dtype=float)
+            name = f"{config['loss']} / {config['estimator']}"
+            name += f" / {path.parent.name}" * (len({path.parent for path in paths}) > 1)
+            if rows:                                                  # a run that has just begun has none
+                policies.setdefault(name, []).append(values)
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{folder} holds no readable log.jsonl of a run ({error!r})") from None
-    kinds = {name: {(c["loss"], c["estimator"], str(c.get(name))) for c, _ in runs} for name in runs[0][0]}
-    varied = [name for name in kinds if name != "seed" and len(kinds[name]) > len(kinds["loss"])]     # within a policy
-    for config, values in runs:
-        if len(values):                                               # a run that has just begun has no rows
-            name = " / ".join(str(config.get(field)) for field in dict.fromkeys(["loss", "estimator", *varied]))
-            policies.setdefault(name, []).append(values)
+            raise ValueError(f"{path} holds no readable log.jsonl of a run ({error!r})") from None
     plt.rcParams["svg.hashsalt"] = "stabledrl"                        # the same logs give the same file
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     styles = itertools.cycle([("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#CC79A7", ":")])
     for (name, seeds), (colour, style) in zip(policies.items(), styles):
-        length = min(map(len, seeds))                                 # an unfinished run shortens the line
-        values = np.array([v[:length] for v in seeds])                # (seeds, length, 5)
+        values = np.array([rows[: min(map(len, seeds))] for rows in seeds])     # (seeds, length of the shortest, 5)
         values[:, :, 2:4] = np.log10(np.maximum(values[:, :, 2:4], 1e-9))
         x, mean, std = values[0, :, 0], values.mean(0), values.std(0, ddof=len(seeds) > 1)
         for i, (axis, title) in enumerate(zip(axes, list(panels.values())[1:]), start=1):
@@ -977,16 +954,6 @@ def plot(folders, out):
     figure.savefig(out / "plot.svg", metadata={"Date": None})
 
 
-def base_policy(task, group, device):
-    """The base of the runs `group` of one seed: from a run that is resumed, or by pretraining."""
-    base = new_model(task, group[0], device)
-    for config in group:
-        if (run_folder(config) / "checkpoint.pt").exists():
-            base.load_state_dict(Run(task, config, device).base)
-            return base
-    return pretrain(task, group[0], device)
-
-
 def main(argv=None):
     """Run what the command line asks for: one base per seed, every policy from it, then table, verdict and answers.
     TrainingFailed at the end if a policy could not be trained to its end."""
@@ -996,7 +963,7 @@ def main(argv=None):
     for seed, group in itertools.groupby(configs, key=lambda config: config.seed):
         config, *_ = group = list(group)
         try:
-            base = base_policy(task, group, device)
+            base = pretrain(task, config, device)
         except TrainingFailed as error:                               # the other seeds still have their turn
             failures.append(f"seed {seed}: {error}")
             continue

@@ -15,10 +15,15 @@ import io
 import itertools
 import json
 import math
+import os
+import pickle
+import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import time
 import types
 import unittest.mock as mock
 from collections import Counter
@@ -201,6 +206,47 @@ def test_one_staircase_pass_is_one_separate_pass_per_block(B):
         hidden = [i for i in range(B) if masks[n, k, b * B + i]]
         alone = one_block_log_probs(model, prompts[n].tolist(), completions[n].tolist(), hidden, b, B)
         assert together[n, k, b * B : (b + 1) * B].tolist() == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "P,L,B,K", [(2, 4, 2, 1), (4, 6, 2, 3), (0, 6, 3, 2), (6, 3, 3, 4), (3, 4, 1, 2), (8, 16, 4, 15)]
+)
+def test_the_staircase_cut_along_its_zeros_is_the_dense_staircase(P, L, B, K):
+    """§3: token_log_probs never builds the (P + L + K·L)² mask. Values and gradients against one plain pass that does."""
+    model, (prompts, completions) = tiny_model(), batch(P=P, L=L)
+    masks = S.sample_masks(3, K, L, B, seeded())
+    noisy = torch.where(masks, model.mask_id, completions[:, None]).flatten(1)
+    dense = model(
+        torch.cat((prompts, completions, noisy), 1), S.staircase_positions(P, L, K), S.staircase_mask(P, L, B, K)
+    )
+    dense = dense[:, P + L :].unflatten(1, (K, L)).log_softmax(-1)
+    dense = torch.stack([dense[n, :, range(L), completions[n]] for n in range(3)])
+    cut = S.token_log_probs(model, prompts, completions, masks, B)
+    assert torch.allclose(cut, dense, atol=1e-4)
+    weights = torch.randn(3, K, L, generator=seeded(1))
+    gradients = [torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (cut, dense)]
+    for a, b in zip(*gradients):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-5 and b.abs().max() > 0
+
+
+def test_asking_for_some_tokens_gives_their_logits_and_no_others():
+    """§1: `ask` with other tokens in every row, with a repeated one, and with none; `keep` and `past` in two steps."""
+    model, (prompts, completions) = tiny_model(), batch()
+    tokens, may = torch.cat((prompts, completions), 1), S.block_causal_mask(10, 2)
+    plain = model(tokens, torch.arange(10), may)
+    ask = torch.tensor([[0, 9], [3, 3], [7, 2]])
+    asked = model(tokens, torch.arange(10), may, ask=ask)
+    for n, i in itertools.product(range(3), range(2)):
+        assert torch.allclose(asked[n, i, :4], plain[n, ask[n, i], :4], atol=1e-5) and asked[n, i, 4] == -math.inf
+    past = []
+    assert model(tokens[:, :4], torch.arange(4), may[:4, :4], ask=tokens[:, :0], keep=past).shape == (3, 0, 5)
+    assert [k.shape for k, _ in past] == [(3, 2, 4, 8)] * 2
+    twice = tokens[:, 4:].repeat_interleave(2, 0)  # rows 2n and 2n+1 share the past of row n
+    twice[1::2] = twice[1::2].flip(0)
+    rest = model(twice, torch.arange(4, 10), may[4:], past=past)
+    assert torch.allclose(rest[::2, :, :4], plain[:, 4:, :4], atol=1e-5)
+    swapped = model(torch.cat((prompts, completions.flip(0)), 1), torch.arange(10), may)
+    assert torch.allclose(rest[1::2, :, :4], swapped[:, 4:, :4], atol=1e-5)
 
 
 def test_block_size_one_is_an_autoregressive_model():
@@ -730,15 +776,315 @@ def test_pretraining_stops_at_the_accuracy_asked_for_or_says_why_not(tmp_path):
         )
 
 
-def test_non_finite_gradient_stops_the_run_and_keeps_the_log(tmp_path, monkeypatch):
-    """Never replaced by a number: a NaN turned into 0 would be the largest weight of its group."""
+@pytest.mark.parametrize("policy", ["--loss stabledrl", "--loss grpo"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_stops_the_run_and_is_named(policy, poison, tmp_path, monkeypatch):
+    """One likelihood of one sample, in update 4: never replaced by a number (a NaN that became 0 would be the largest
+    weight of its group). The message names update, sample and checkpoint; log and checkpoint are those of update 2."""
     calls, elbo = [], S.ESTIMATORS["elbo"]
-    monkeypatch.setitem(
-        S.ESTIMATORS, "elbo", lambda *a: calls.append(1) or elbo(*a) * (math.nan if len(calls) == 6 else 1)
+
+    def poisoned(model, prompts, completions, masks, B):
+        calls.append(1)
+        values = elbo(model, prompts, completions, masks, B)
+        return torch.where(torch.arange(len(values)) == 3, poison, values) if len(calls) == 6 else values
+
+    monkeypatch.setitem(S.ESTIMATORS, "elbo", poisoned)
+    with pytest.raises(S.TrainingFailed) as failure:
+        run(tmp_path, policy=policy)
+    (folder,) = tmp_path.iterdir()
+    message = str(failure.value)
+    assert message.startswith(f"{folder.name} stopped at update 4: the loss is ") and "\n" not in message
+    assert re.search(r"the log-ratio of sample 3, '[0-9]{2}\+[0-9]{2}=.{4}', (nan|-?inf); ", message)
+    assert message.endswith(f"the last good checkpoint is {folder / 'checkpoint.pt'}")
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 2
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["update"] == 2
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
+    """Finite loss, finite ratios, infinite gradient: the weights stay as they were."""
+    config = S.parse(f"{TINY} --loss grpo --out {tmp_path}".split())[0]
+    task, model = TASKS["addition"], S.new_model(TASKS["addition"], config, "cpu")
+    rollouts = S.collect(model, task, config, np.random.default_rng(0), seeded(0), seeded(1), with_truth=False)
+    rollouts = rollouts._replace(advantages=torch.tensor([1.0, -1.0] * 3))
+    before = model.head.weight.clone()
+    model.head.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(FloatingPointError, match="the gradient's norm (nan|inf), and the log-ratio of sample"):
+        S.policy_update(model, torch.optim.SGD(model.parameters(), lr=0.1), rollouts, config, seeded(2))
+    assert torch.equal(model.head.weight, before)
+
+
+def test_a_broken_model_cannot_be_sampled_from():
+    model, (prompts, _) = tiny_model(), batch()
+    with torch.no_grad():
+        model.blocks[1].mlp[0].weight[0, 0] = math.nan
+    for sampling in ({"generator": seeded()}, {"temperature": 0.0, "order": "confidence"}):
+        with pytest.raises(FloatingPointError, match="probabilities are not finite"):
+            S.generate(model, prompts, 6, 2, **sampling)
+
+
+def test_pretraining_that_breaks_says_so(tmp_path, monkeypatch):
+    config = S.parse(f"{TINY} --base_accuracy 0.9 --out {tmp_path}".split())[0]
+    loss = S.pretraining_loss
+    monkeypatch.setattr(S, "pretraining_loss", lambda *a: loss(*a) * math.nan)
+    with pytest.raises(S.TrainingFailed, match="pretraining, update 10: .* not finite; lower --pretrain_lr"):
+        S.pretrain(TASKS["addition"], config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_bf16_keeps_likelihoods_and_losses_in_float32(device, tmp_path):
+    """Products in bfloat16 (3 significant digits) move the likelihood a little, and its type not at all."""
+    values = []
+    for flags in ("", "--bf16"):
+        config = S.parse(f"--loss stabledrl {flags} --device {device} --out {tmp_path}".split())[0]
+        model = S.new_model(TASKS["addition"], config, device)
+        prompts, completions = (x.to(device) for x in batch(P=6, L=4, vocab_size=14))
+        masks = S.sample_masks(3, 4, 4, 2, torch.Generator(device).manual_seed(0))
+        log_prob = S.elbo(model, prompts, completions, masks, 2)
+        assert S.stabledrl_loss(log_prob, torch.ones(3, device=device), 5.0, 3).dtype == torch.float32
+        assert log_prob.dtype == torch.float32 and S.generate(model, prompts, 4, 2).shape == (3, 4)
+        log_prob.sum().backward()
+        values.append(log_prob.tolist())
+    assert values[0] != values[1] == pytest.approx(values[0], abs=0.3)
+
+
+def test_compile_compiles_the_model(tmp_path, monkeypatch):
+    """With a compiler that changes nothing: every pass of the model goes through what torch.compile returned."""
+    passes = []
+    monkeypatch.setattr(torch, "compile", lambda f: lambda *a, **k: passes.append(1) or f(*a, **k))
+    assert outcome(tmp_path, "--compile") and len(passes) > 30
+
+
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_a_run_is_the_same_kind_of_thing_on_every_device(device, tmp_path):
+    """Run, resume, and the exact likelihood against that of the CPU."""
+    flags = f"{TINY} --device {device} --loss stabledrl --out {tmp_path}".split()
+    for more in ([], ["--updates", "6", "--resume"]):
+        with contextlib.redirect_stdout(io.StringIO()):
+            S.main([*flags, *more])
+    saved = torch.load(
+        tmp_path / "addition-stabledrl-elbo-seed0" / "checkpoint.pt", weights_only=True, map_location="cpu"
     )
-    with pytest.raises(S.TrainingFailed, match="seed0 stopped at update 4: the gradient is nan"):
-        run(tmp_path)
-    assert len((tmp_path / "addition-stabledrl-elbo-seed0" / "log.jsonl").read_text().splitlines()) == 2
+    assert saved["update"] == 6
+    config, values = types.SimpleNamespace(**saved["config"]), []
+    for where in ("cpu", device):
+        model = S.new_model(TASKS["addition"], config, where)
+        model.load_state_dict(saved["model"])
+        prompts, completions = (x.to(where) for x in batch(P=6, L=4, vocab_size=14))
+        values.append(S.exact_log_likelihood(model, prompts, completions, 2).tolist())
+    assert values[1] == pytest.approx(values[0], abs=1e-3)
+
+
+# Resume ----------------------------------------------------------------------------------------------------------------
+
+RUN_FILES = ("log.jsonl", "checkpoint.pt")
+LONG = TINY.replace("--updates 4", "--updates 120") + " --loss stabledrl --mu 2 --seed 3"
+
+
+def launch(flags):
+    """The real program as a process of its own, with one thread."""
+    return subprocess.Popen(
+        [sys.executable, "stabledrl.py", *flags.split()],
+        cwd=HERE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def assert_same_run(a, b):
+    """Byte-identical logs (timings aside), bit-identical weights and optimiser state."""
+    assert without_seconds(a / "log.jsonl") == without_seconds(b / "log.jsonl")
+    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    for i, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], other["optimizer"]["state"][i][name]) for name in state)
+    assert one["update"] == other["update"] and one["rng"] == other["rng"]
+    assert all(map(torch.equal, one["streams"], other["streams"]))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(kills, tmp_path):
+    """SIGKILL to a real process, at a random moment after its first checkpoint, several times; then the end."""
+    whole = launch(f"{LONG} --out {tmp_path / 'whole'}")
+    folder = tmp_path / "killed" / "addition-stabledrl-elbo-seed3"
+    began, killed = time.perf_counter(), 0
+    while killed < kills:
+        process = launch(f"{LONG} --out {tmp_path / 'killed'} --resume")
+        before = (folder / "checkpoint.pt").stat().st_mtime_ns if folder.exists() else 0
+        while process.poll() is None and not (
+            (folder / "log.jsonl").exists() and (folder / "checkpoint.pt").stat().st_mtime_ns > before
+        ):
+            assert time.perf_counter() - began < 300
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        killed += 1
+    last = launch(f"{LONG} --out {tmp_path / 'killed'} --resume")
+    for process in (whole, last):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert_same_run(tmp_path / "whole" / folder.name, folder)
+
+
+def test_ctrl_c_finishes_the_update_saves_and_says_how_to_go_on(tmp_path):
+    """A real SIGINT to a real process, in the middle of a batch or not: the exit is clean, and nothing is lost."""
+    flags = f"{LONG} --updates 2000 --log_every 1000 --out {tmp_path}"
+    folder = tmp_path / "addition-stabledrl-elbo-seed3"
+    process = launch(flags)
+    while process.poll() is None and not (folder / "log.jsonl").exists():
+        time.sleep(0.005)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert errors.splitlines()[-1].endswith("interrupted; the same command with --resume goes on from here")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert 0 < saved["update"] == len(saved["recent"]) < 1000, "more than the last log line, or the first"
+
+
+def test_an_interrupt_within_a_batch_changes_nothing(tmp_path, monkeypatch):
+    """Stopped after update 3 of 12, in the midst of a batch of μ = 4 and before the first log line; then resumed."""
+    flags = "--updates 12 --mu 4 --log_every 4 --estimator elbo"
+    run(tmp_path / "whole", flags)
+    step = S.Run.step
+
+    def interrupted(self, task):
+        step(self, task)
+        if self.update == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(S.Run, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", flags)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(S.Run, "step", step)
+    run(tmp_path / "cut", f"{flags} --resume")
+    assert_same_run(*(tmp_path / out / "addition-stabledrl-elbo-seed0" for out in ("whole", "cut")))
+
+
+@pytest.mark.parametrize("moment", ["write", "flush", "rename"])
+def test_a_crash_while_a_checkpoint_is_written_leaves_the_last_good_one(moment, tmp_path, monkeypatch):
+    """The third of four checkpoints (updates 0, 2, 4, 6) is cut off: that of update 2 is whole, and the run goes on."""
+    run(tmp_path / "whole", "--updates 6")
+    calls = []
+
+    def crash_at_third(function):
+        def maybe(*arguments):
+            calls.append(1)
+            if len(calls) == 3:
+                if moment == "write":
+                    arguments[1].write(b"half a checkpoint")
+                raise RuntimeError("power cut")
+            return function(*arguments)
+
+        return maybe
+
+    owner, name = {"write": (torch, "save"), "flush": (os, "fsync"), "rename": (os, "replace")}[moment]
+    if moment == "rename":
+        replace = os.replace
+        guarded = crash_at_third(replace)
+        new = lambda a, b: (guarded if str(b).endswith(".pt") else replace)(a, b)
+    else:
+        new = crash_at_third(getattr(owner, name))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, new)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(tmp_path / "crashed", "--updates 6")
+    folder = tmp_path / "crashed" / "addition-stabledrl-elbo-seed0"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["update"] == 2
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 3, "the log is a row ahead of the checkpoint"
+    run(tmp_path / "crashed", "--updates 6 --resume")
+    assert_same_run(tmp_path / "whole" / folder.name, folder)
+
+
+def test_resume_continues_starts_or_leaves_alone(tmp_path):
+    """One command for all: of two policies one is done and one not begun. And a finished run can be prolonged: it is
+    then the longer run, as if it had been asked for at once."""
+    both = "--loss grpo stabledrl --estimator elbo"
+    run(tmp_path / "a", "--updates 2")
+    first = (tmp_path / "a" / "addition-stabledrl-elbo-seed0" / "log.jsonl").read_bytes()
+    run(tmp_path / "a", "--updates 2 --resume", both)
+    assert (tmp_path / "a" / "addition-stabledrl-elbo-seed0" / "log.jsonl").read_bytes() == first
+    run(tmp_path / "a", "--updates 6 --resume", both)
+    run(tmp_path / "b", "--updates 6", both)
+    for name in ("addition-grpo-elbo-seed0", "addition-stabledrl-elbo-seed0"):
+        assert_same_run(tmp_path / "a" / name, tmp_path / "b" / name)
+
+
+def test_resuming_with_other_settings_is_refused_with_the_list_of_differences(tmp_path, capsys):
+    run(tmp_path)
+    before = [(tmp_path / "addition-stabledrl-elbo-seed0" / name).read_bytes() for name in RUN_FILES]
+    for flags, words in {
+        "--lr 0.5 --mc 3": ["--mc was 1, now 3", "--lr was 0.0001, now 0.5"],
+        "--d_model 32": ["--d_model was 16, now 32"],
+        "--bf16": ["--bf16 was False, now True"],
+        "--updates 2": ["4 updates are done: --updates must be at least that"],
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            S.main(f"{TINY} --loss stabledrl --out {tmp_path} --resume {flags}".split())
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words)
+    assert before == [(tmp_path / "addition-stabledrl-elbo-seed0" / name).read_bytes() for name in RUN_FILES]
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile-code-has-run",)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_and_runs_no_code(tmp_path, monkeypatch, capsys):
+    """Empty, text, noise, cut off anywhere, another program's, a folder, a pickle that runs code, wrong values."""
+    run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "addition-stabledrl-elbo-seed0" / "checkpoint.pt"
+    good, saved = path.read_bytes(), torch.load(path, weights_only=True)
+    contents = [b"", b"hello", b"\x80\x02}.", np.random.default_rng(0).bytes(5_000), pickle.dumps(Hostile()), good[:-1]]
+    contents += [good[: int(len(good) * part)] for part in (0.001, 0.01, 0.1, 0.5, 0.9, 0.99)]
+    objects = [{}, [1, 2], {"model": {}}, Hostile(), torch.zeros(3), saved | {"config": 7}, saved | {"update": "many"}]
+    objects += [saved | {"update": -1}, saved | {"update": 2**70}, saved | {"rng": {"state": 1}}, saved | {"model": {}}]
+    objects += [saved | {"streams": [torch.zeros(3)] * 2}, saved | {"streams": []}, saved | {"rollouts": {"a": 1}}]
+    objects += [saved | {"optimizer": {}}, saved | {"rows": 3}, {k: v for k, v in saved.items() if k != "seconds"}]
+    for thing in objects:
+        buffer = io.BytesIO()
+        torch.save(thing, buffer)
+        contents.append(buffer.getvalue())
+    capsys.readouterr()
+    for content in [*contents, None]:
+        path.unlink()
+        path.mkdir() if content is None else path.write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            S.main(f"{TINY} --loss stabledrl --out {tmp_path} --resume".split())
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1, (content or b"")[:40]
+        assert f"--resume: {path} cannot be resumed: " in error and len(error) < 800
+        assert content is None or path.read_bytes() == content
+    assert not (tmp_path / "hostile-code-has-run").exists()
+    path.rmdir()
+    with pytest.raises(SystemExit) as stop:
+        S.main(f"{TINY} --loss stabledrl --out {tmp_path} --resume".split())
+    assert stop.value.code == 2 and "has a log, but no checkpoint.pt" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    """No checkpoint can be written after the second: the other policy has its turn, and the first can be resumed."""
+    run(tmp_path / "whole", policy="--loss grpo stabledrl --estimator elbo")
+    save, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(S.TrainingFailed, match="^grpo / elbo, seed 0: .*No space left on device; see --resume$"):
+            run(tmp_path / "full", policy="--loss grpo stabledrl --estimator elbo")
+    run(tmp_path / "full", "--resume", policy="--loss grpo stabledrl --estimator elbo")
+    for name in ("addition-grpo-elbo-seed0", "addition-stabledrl-elbo-seed0"):
+        assert_same_run(tmp_path / "whole" / name, tmp_path / "full" / name)
 
 
 # §9 --------------------------------------------------------------------------------------------------------------------
@@ -783,12 +1129,13 @@ def baseline(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [f.name for f in dataclasses.fields(S.Config) if f.name not in ("task", "device", "out")]
+    "name",
+    [f.name for f in dataclasses.fields(S.Config) if f.name not in ("task", "device", "out", "compile", "resume")],
 )
 def test_no_flag_is_dead(name, baseline, tmp_path):
     """Every flag with another value changes what the log says (or stops pretraining, for its limit)."""
     flags = "--base_accuracy 0.001" if name.startswith("pretrain") else ""
-    changed = outcome(tmp_path, f"{flags} --{name} {OTHER_VALUES[name]}")
+    changed = outcome(tmp_path, f"{flags} --{name} {OTHER_VALUES.get(name, '')}")
     assert changed != baseline[flags]
     assert (changed == "failed") == (name == "pretrain_updates")
 
@@ -798,12 +1145,19 @@ BAD_INPUT = {
     "--up 5": "unrecognized arguments",
     "--updates ten": "--updates: invalid int",
     "--updates 1.5": "--updates: invalid int",
-    "--lr nan": "--lr and --pretrain_lr must be positive and finite",
+    "--lr nan": "--lr and --pretrain_lr must be positive and at most 1",
+    "--pretrain_lr 1e39": "--lr and --pretrain_lr must be positive and at most 1",
     "--max_grad_norm inf": "--max_grad_norm must be at least 0 and below 2^32",
     "--clip_eps nan": "--clip_eps must be at least 0 and below 2^32",
     "--seed 9999999999": "--seed must be at least 0",
     "--lr ten": "--lr: invalid float",
-    "--lr 0": "--lr and --pretrain_lr must be positive and finite",
+    "--lr 0": "--lr and --pretrain_lr must be positive and at most 1",
+    "--lr 1e-4 1e-3": "unrecognized arguments: 1e-3",
+    "--bf16 yes": "unrecognized arguments: yes",
+    "--prompts 2000000": "--prompts must be at least 1 and below 2^20",
+    "--prompts 1000000 --mc 100": "this needs too much memory",
+    "--d_model 100000": "this needs too much memory",
+    "--out=": "--out must name a folder",
     "--task chess": "--task: invalid choice",
     "--loss ppo": "--loss: invalid choice",
     "--estimator magic": "--estimator: invalid choice",
@@ -1106,8 +1460,8 @@ def test_readme_code_runs(tmp_path, monkeypatch):
 
 def test_readme_names_only_flags_that_exist():
     names = {f"--{field.name}" for field in dataclasses.fields(S.Config)} | {"--plot"}
-    assert set(re.findall(r"(?<![\w-])--[a-z_]+", README)) <= names
-    assert set(re.findall(r"(?<![\w-])--[a-z_]+", SOURCE)) <= names | {"--"}
+    assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README)) <= names
+    assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", SOURCE)) <= names | {"--"}
 
 
 # Learning runs, not in the default run ---------------------------------------------------------------------------------
