@@ -31,11 +31,8 @@ a hat marks an estimate (ρ̂, L̂), no hat the truth (ρ); g_j is the gradient 
   A      advantages    (N,)        how much better than its group a completion was
   ε      clip_eps                  ratios are clipped to [1−ε, 1+ε]
   μ      mu                        optimiser steps ("updates") that reuse one batch of rollouts
-In shape comments S and T count tokens, H heads, D features per head. README.md lists what is simplified.
-
-  python stabledrl.py                                                  the main job: under 4 minutes on 2 CPU cores
-  python stabledrl.py --loss stabledrl --updates 4000 --out further    one policy, for longer
-  pytest                                                               the claims of this file as tests: 1 minute
+In shape comments S and T count tokens, H heads, D features per head. README.md has the commands, the results, and what
+is simplified against the paper.
 """
 
 import argparse
@@ -66,7 +63,8 @@ from toy_tasks import TASKS, decode, encode
 # What it teaches: nothing in here is diffusion. This is a plain pre-norm transformer, to which somebody hands the
 # positions and the attention mask. With a causal mask it would be a GPT; with the masks of §2 it is a block-diffusion
 # model. Only two details matter later: a token's position is given, not counted, so that a noisy copy can sit at the
-# positions of its original; and [MASK] has an embedding but no output, so it can be read and never written.
+# positions of its original; and [MASK] has an embedding but no output, so it can be read and never written. The
+# keyword arguments of `forward` are for speed; skip them until §3 uses ask, keep and past, and §4 uses ask and cache.
 
 
 def rotate(x, turns):
@@ -77,8 +75,8 @@ def rotate(x, turns):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of S tokens over those that `mask` (S,T) allows; BlockDiffusionTransformer.forward explains
-    cache, ask and past, of which a layer gets its own."""
+    """Multi-head attention of S tokens over T, themselves and those of the cache or past, where `mask` (S,T) allows it.
+    BlockDiffusionTransformer.forward explains cache, ask and past; here they are those of one layer."""
 
     def __init__(self, d_model, n_head):
         super().__init__()
@@ -93,14 +91,14 @@ class Attention(nn.Module):
         q, k = rotate(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4)                               # each (N, H, S, D)
         v = qkv[:, :, 2].transpose(1, 2)                                                         # (N, H, S, D)
         own, T = (k, v), mask.shape[1]
-        if ask is not None:
-            q, mask = q.take_along_dim(ask[:, None, :, None], dim=2), mask[ask][:, None]         # (N, H, n, D)
+        if ask is not None:                                                              # (N, H, n, D), (N, 1, n, T)
+            q, mask = q.take_along_dim(ask[:, None, :, None], dim=2), mask[ask][:, None]
         if past is not None:                                # N rows are copies of fewer: copy the past just as often
             copies = N // len(past[0])
             k, v = (torch.cat((a.repeat_interleave(copies, 0), b), dim=2) for a, b in zip(past, own))
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                          # (N, H, S, D)
-        else:                                               # few queries, many keys: plain is faster here than fused
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                          # (N, H, S or n, D)
+        else:                                               # mostly few queries: plain is faster here than fused
             cache[0, :, :, T - S : T], cache[1, :, :, T - S : T] = k, v
             k, v = cache[:, :, :, :T]                                                            # each (N, H, T, D)
             y = torch.where(mask, q / math.sqrt(q.shape[-1]) @ k.mT, -math.inf).softmax(-1) @ v
@@ -145,11 +143,13 @@ class BlockDiffusionTransformer(nn.Module):
         """tokens (N,S) long, positions (S,) long, mask (S,T) bool, True = may attend -> logits (N,S,vocab_size).
 
         A text that is read alone has T = S. The rest is for speed, and tested against that:
-          cache  from `new_cache`: holds the T−S tokens before the S, and takes in the S; a later call for the same
-                 places overwrites them (§4)
-          ask    (N,n) long: logits (N,n,vocab_size) for these of the S tokens only, which spares most of the last layer
-          keep   a list to which every layer appends the keys and values (N,H,S,D) of the S tokens
-          past   such a list, (N/K,H,T−S,D): the S see it as well as themselves; a row of it serves K rows of tokens
+          cache  from `new_cache`: its first T−S places hold the tokens before the S, and the S are written behind them.
+                 A later call with the same T−S overwrites what is there (§4)
+          ask    (N,n) long, which of the S tokens of a row: logits (N,n,vocab_size) for these alone, which spares most
+                 of the last layer
+          keep   a list, to which every layer appends its keys and values, a pair of (N,H,S,D)
+          past   such a list, of pairs (M,H,T−S,D): what the S tokens may see before themselves. Where N = K·M, row i of
+                 the past serves the K rows i·K .. i·K+K−1 of tokens
         """
         frequencies = 10_000.0 ** -torch.arange(0, 1, 2 / self.head_dim, device=tokens.device)   # (D/2,)
         turns = torch.exp(1j * positions[:, None] * frequencies)[:, None, None]                  # (S, 1, 1, D/2)
@@ -173,7 +173,8 @@ class BlockDiffusionTransformer(nn.Module):
 # pass per block. The staircase does all at once: the sequence is laid out twice, clean and noisy. The clean half gives
 # the histories, the noisy half asks the questions. A noisy token may look at clean blocks *strictly before* its own:
 # with >= in place of that one >, it would read its own answer, the loss would fall to 0, and it would learn to copy.
-# K noisy copies with different masks share the one clean half, so K Monte-Carlo samples take one (longer) pass.
+# K noisy copies with different masks share the one clean half, so K Monte-Carlo samples take one (longer) pass. (The
+# code of §3 reads the clean half first and the copies after it: the same numbers, for less work.)
 
 
 def block_causal_mask(length, block_size, device=None):
@@ -243,13 +244,13 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 # model is asked for the hidden ones. Why does that bound a likelihood? Let the model write a block token by token, in
 # random order: log π = log(mean over orders of ∏ p) ≥ mean over orders of Σ log p (Jensen). The right side needs no
 # orders: at a random step of a random order, the hidden tokens are a random set of m, m is uniform, and the next one to
-# be revealed is any of the m. B steps, each the mean over the m candidates, (1/m)·Σ log p. Hence the weight B/m:
+# be revealed is any of the m: mean (1/m)·Σ log p. The sum over B steps is B times their mean. Hence the weight B/m:
 #
 #     ELBO(y) = E_masks  Σ_blocks  B/m · Σ_i 1[y_i masked] · log p_θ(y_i | noisy block, clean history)   ≤   log π_θ(y)
 #
 # (the inner sum runs over the B tokens of a block, and m is that block's own count).
 #
-# Pretraining maximises it over data. RL uses a sample of it, with K draws of the masks, as L̂. Same line, two jobs.
+# Pretraining maximises it over data. RL uses a sample of it, with K draws of the masks, as L̂. One `elbo`, two jobs.
 
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
@@ -262,17 +263,18 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
 
 
 def token_log_probs(model, prompts, completions, masks, block_size):
-    """log p(y_i | its noisy copy) for every position, hidden or not: prompts (N,P), completions (N,L), masks (N,K,L)
-    bool -> (N,K,L) float.
+    """log p(y_i | its noisy block, the clean text before it) for every position, hidden or not: prompts (N,P),
+    completions (N,L), masks (N,K,L) bool -> (N,K,L) float.
 
-    The same numbers as one pass over [prompt | completion | K noisy copies] under `staircase_mask`, but cut along its
-    zeros, so that the cost grows with K and not with K²: the clean tokens see no noisy one, so they are read first, and
-    their keys and values kept; a copy sees only them and itself, so each becomes a row of its own.
+    The same numbers as one pass over [prompt | completion | K noisy copies] under `staircase_mask`, in two steps, whose
+    cost grows with K and not with K². No clean token sees a noisy one: so the clean half is read first, and its keys
+    and values are kept. No copy sees another: so each becomes a row of its own, that sees the clean half and itself.
     """
     (N, K, L), (_, P), device = masks.shape, prompts.shape, prompts.device
     mask, positions = staircase_mask(P, L, block_size, 1, device), staircase_positions(P, L, 1, device)
     clean, past = torch.cat((prompts, completions), dim=1), []                                   # (N, P + L)
-    model(clean, positions[: P + L], mask[: P + L, : P + L], ask=clean[:, :0], keep=past)        # asks for no logits
+    nobody = clean[:, :0]                                             # (N, 0): no logits, only keys and values
+    model(clean, positions[: P + L], mask[: P + L, : P + L], ask=nobody, keep=past)
     noisy = torch.where(masks, model.mask_id, completions[:, None]).flatten(0, 1)                # (N·K, L)
     log_p = model(noisy, positions[P + L :], mask[P + L :], past=past).log_softmax(-1)           # (N·K, L, vocab)
     return log_p.view(N, K, L, -1).gather(-1, completions[:, None, :, None].expand(N, K, L, 1)).squeeze(-1)
@@ -284,8 +286,7 @@ def elbo(model, prompts, completions, masks, block_size):
     log_p = token_log_probs(model, prompts, completions, masks, block_size)                      # (N, K, L)
     log_p, hidden = (x.unflatten(-1, (-1, block_size)) for x in (log_p, masks))                  # (N, K, L/B, B)
     m = hidden.sum(-1, keepdim=True)                                                             # (N, K, L/B, 1)
-    per_copy = (block_size / m * hidden * log_p).sum((-2, -1))                                   # (N, K)
-    return per_copy.mean(-1)
+    return (block_size / m * hidden * log_p).sum((-2, -1)).mean(-1)                              # (N, K) -> (N,)
 
 
 def pretraining_loss(model, prompts, completions, masks, block_size):
@@ -308,8 +309,8 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
     """Complete prompts (N,P) -> (N,L) long. order "random" or "confidence"; temperature 0 takes the likeliest token.
 
     KV-cached: a finished block is read once, in the pass that makes the first step of the next block. ValueError for
-    another order or a negative temperature; AssertionError if P or L is not a multiple of B. The likelihoods of §3 and
-    §5 are those of order="random" and temperature=1.
+    another order or a negative temperature; AssertionError if P or L is not a multiple of B; FloatingPointError for a
+    model whose probabilities are not finite. §5 has the exact likelihood of order="random" and temperature=1.
     """
     (N, P), L, B, device = prompts.shape, completion_len, block_size, prompts.device
     assert P % B == 0 and L % B == 0, f"prompt_len {P} and completion_len {L} must be multiples of block_size {B}"
@@ -319,7 +320,7 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
     positions = torch.arange(P + L, device=device)
     may_attend = block_causal_mask(P + L, B, device)
     cache = model.new_cache(N, P + L)
-    known, total = 0, 0.0                                             # the cache holds tokens[:, :known] for good
+    known, total = 0, 0.0       # tokens[:, :known] are final and in the cache; total is NaN if a probability ever was
     for start in range(P, P + L, B):
         places = torch.arange(start, start + B, device=device).expand(N, B)
         lots = torch.rand(N, B, generator=generator, device=device)   # drawn before the model is asked
@@ -328,7 +329,7 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
             ask = drawn[:, step : step + 1] if order == "random" else places                     # (N, 1) or (N, B)
             new, end = slice(known, start + B), start + B
             logits = model(tokens[:, new], positions[new], may_attend[new, :end], cache, ask=ask - known)
-            known = start
+            known = start               # the first step has read all before this block; this block is read again
             probs = (logits / (temperature or 1.0)).softmax(-1)                                  # (N, 1 or B, vocab)
             hidden = tokens.gather(1, ask) == model.mask_id
             surest = probs.amax(-1).masked_fill(~hidden, -1.0).argmax(-1, keepdim=True)          # (N, 1)
@@ -344,17 +345,16 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # ==== §5  The exact answers ===========================================================================================
 # What it teaches: what L̂ is an estimate *of*, what the truth costs, and how much noise exp makes of the difference.
 #
-# A block of B tokens has only 2^B − 1 ways to hide something. For B = 2 that is 3: give each a noisy copy, and one pass
-# holds every conditional that the model can be asked for. A weighted sum of them is the ELBO without noise; a sum over
-# the paths from "all hidden" to "none hidden" is log π itself. Real models use blocks of 32: 4 billion copies.
+# A block of B tokens has only 2^B − 1 ways to hide something. For B = 2 that is 3: give each a noisy copy, and get
+# every conditional that the model can be asked for. A weighted sum of them is the ELBO without noise; a sum over the
+# paths from "all hidden" to "none hidden" is log π itself. Real models use blocks of 32: 4 billion copies.
 #
 # What is wrong with an estimate, then? ELBO ≤ log π is a *bias*. It is small here (0.04 nats at the base policy),
 # depends on the model, not on luck, and nearly cancels in L̂_θ − L̂_old; estimator exact_elbo has this bias and no noise.
 # The Monte-Carlo *noise* does not cancel. At the base policy, before any update, when the true ratio is exactly 1, log
 # ρ̂ has a standard deviation of 2 nats with K = 1, and long tails: one ρ̂ in 35 is above 50, one in 1,000 above 70,000
 # (README). More copies lower it as 1/√K. Sharing the masks between L̂_old and L̂_θ makes most of it cancel (--masks
-# shared): wherever that can be done, do it first. mean_field, which hides everything, has none; but it is another
-# policy's likelihood.
+# shared): wherever that can be done, do it first.
 
 
 def mean_field(model, prompts, completions, block_size):
@@ -425,7 +425,7 @@ ESTIMATORS = {
 # the first term is the smaller, and 0 where the clipped one, a constant, is.
 #
 #                  GRPO, A > 0      GRPO, A < 0            StableDRL, either sign
-#     ρ̂ < 1−ε      ρ̂                0                      1−ε (if ε ≥ 1: ρ̂)
+#     ρ̂ < 1−ε      ρ̂                0                      1−ε (no such ρ̂ if ε ≥ 1)
 #     in between   ρ̂                ρ̂                      ρ̂
 #     ρ̂ > 1+ε      0                ρ̂, WITHOUT BOUND       1+ε
 #     divisor      N                N                      Σ of the group's weights, then the number of groups
@@ -441,7 +441,6 @@ ESTIMATORS = {
 # detached: else the product rule would add a term with ∇w, which is no combination of the A_j·g_j. ε means two things:
 # in GRPO a trust region, 0.2; here the place where the tail is cut off, 5 in the paper. The price: good completions are
 # pushed up further even where ρ̂ > 1+ε; with an accurate ratio GRPO comes out slightly ahead (README).
-#
 # At ρ̂ = 1 both losses have the same gradient, −mean A·g: the plain policy gradient. Their *values* mean nothing.
 
 
@@ -516,7 +515,7 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
 
 
 class TrainingFailed(Exception):
-    """Training cannot go on. The message is one line for the user: what happened, where, and what would help."""
+    """Training cannot go on. The message is one line for the user: what happened and where."""
 
 
 def run_folder(config):
@@ -565,7 +564,7 @@ def answer(model, task, prompts, block_size, **sampling):
     tokens = to_tokens(task, prompts, device)
     completions = generate(model, tokens, task.completion_len, block_size, **sampling)
     texts = decode(task, completions.tolist())
-    rewards = torch.tensor([task.reward(p, c) for p, c in zip(prompts, texts)], device=device)
+    rewards = torch.tensor([float(task.reward(p, c)) for p, c in zip(prompts, texts)], device=device)
     return tokens, completions, rewards, texts
 
 
@@ -585,17 +584,14 @@ def sampled_reward(model, task, config, n=2000):
 
 def pretrain(task, config, device):
     """The base policy: maximise the ELBO of right answers, and stop at --base_accuracy, so that RL has work to do.
-    TrainingFailed if --pretrain_updates do not get there, or the model breaks on the way."""
+    TrainingFailed if --pretrain_updates do not get there, FloatingPointError if the model breaks on the way."""
     model = new_model(task, config, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.pretrain_lr, weight_decay=0.0)
     rng, generator = np.random.default_rng([config.seed, 0]), stream(config, "pretrain", device)
     with tqdm(total=config.pretrain_updates, desc=f"pretrain seed {config.seed}", leave=False) as bar:
         for update in range(config.pretrain_updates + 1):
             if update % 10 == 0 or update == config.pretrain_updates:
-                try:
-                    reached = accuracy(model, task, config.block_size)
-                except FloatingPointError as error:
-                    raise TrainingFailed(f"pretraining, update {update}: {error}; lower --pretrain_lr") from error
+                reached = accuracy(model, task, config.block_size)
                 bar.set_postfix_str(f"accuracy {reached:.2f} of {config.base_accuracy:.2f}")
                 if reached >= config.base_accuracy:
                     return model
@@ -606,7 +602,7 @@ def pretrain(task, config, device):
             loss.backward()
             optimizer.step()
             bar.update()
-    raise TrainingFailed(f"pretraining reached accuracy {reached:.2f}, not --base_accuracy {config.base_accuracy}, "
+    raise TrainingFailed(f"it reached accuracy {reached:.2f}, not --base_accuracy {config.base_accuracy}, "
                          f"in {config.pretrain_updates} updates: raise --pretrain_updates, or ask for less")
 
 
@@ -663,8 +659,9 @@ def log_row(update, recent, accuracy_now, seconds):
 
 
 class Run:
-    """A training run between two updates: all that its future depends on. It starts from the policy `base` (a state
-    dict), or from the checkpoint in its folder, where there is one. ValueError, one line, if that cannot be used."""
+    """A training run between two updates: everything that a checkpoint must hold. It starts from the policy `base` (a
+    state dict), or from the checkpoint in its folder, where there is one (`problem` and `train` see to it that this is
+    wanted). ValueError, one line, if that cannot be used."""
 
     def __init__(self, task, config, device, base=None):
         self.path, self.config = run_folder(config) / "checkpoint.pt", config
@@ -697,10 +694,11 @@ class Run:
 
     def restore(self, saved):
         """Take up what `save` wrote. Only --updates may be another than then, if it is not fewer than are done."""
-        then = dict(saved["config"], updates=self.config.updates)
-        other = [name for name, now in self.settings.items() if then.get(name) != now]
-        if other:
-            raise ValueError("; ".join(f"--{name} was {then.get(name)}, now {self.settings[name]}" for name in other))
+        was = dict(saved["config"], updates=self.config.updates)
+        changed = [name for name, now in self.settings.items() if was.get(name) != now]
+        if changed:
+            raise ValueError("; ".join(f"--{name} was {was.get(name)}, now {self.settings[name]}" for name in changed))
+        self.model.load_state_dict(saved["base"])                     # is it one?
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.bit_generator.state = saved["rng"]
@@ -709,16 +707,17 @@ class Run:
         self.rollouts = saved["rollouts"] and Rollouts(**saved["rollouts"])
         self.base, self.recent, self.rows = saved["base"], list(saved["recent"]), list(saved["rows"])
         self.update, self.seconds = int(saved["update"]), float(saved["seconds"])
-        if not len(self.rows) * self.config.log_every <= self.update <= self.config.updates:
-            raise ValueError(f"{self.update} updates are done: --updates must be at least that")
+        if len(self.rows) != self.update // self.config.log_every or not 0 <= self.update <= self.config.updates:
+            raise ValueError(f"{self.update} updates and {len(self.rows)} rows of the log are done; --updates asks for "
+                             f"{self.config.updates}")
 
     def step(self, task):
         """One update; before it, a fresh batch of rollouts if the last has been used μ times."""
-        c, batch_end = self.config, self.update - self.update % self.config.mu + self.config.mu
-        measure = batch_end % c.log_every == 0 and c.block_size <= MAX_EXACT_BLOCK    # does it end with a log line?
-        if self.update % c.mu == 0:                                   # θ_old = θ
-            self.rollouts = collect(self.model, task, c, self.rng, *self.streams.values(), with_truth=measure)
         self.update += 1
+        c, batch_end = self.config, -(-self.update // self.config.mu) * self.config.mu
+        measure = batch_end % c.log_every == 0 and c.block_size <= MAX_EXACT_BLOCK   # at a log line; needs θ_old, now
+        if self.update % c.mu == 1 or c.mu == 1:                      # θ_old = θ
+            self.rollouts = collect(self.model, task, c, self.rng, *self.streams.values(), with_truth=measure)
         values = policy_update(self.model, self.optimizer, self.rollouts, c, self.streams["masks"],
                                measure_noise=measure and self.update == batch_end)
         self.recent.append({"reward": self.rollouts.reward, **values})
@@ -735,7 +734,7 @@ def train(base, task, config, device):
     start = time.perf_counter() - run.seconds
     run.save()                                                        # first, so that no log is without a checkpoint
     path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in (run.settings, *run.rows)))
-    os.replace(path.with_suffix(".tmp"), path)                        # a kill may leave half a line, or one too many
+    os.replace(path.with_suffix(".tmp"), path)                        # a kill may leave a row whose checkpoint is lost
     with open(path, "a") as log, contextlib.ExitStack() as at_end, tqdm(
             total=config.updates, initial=run.update, desc=folder.name, leave=False) as bar:
         if threading.current_thread() is threading.main_thread():     # Ctrl-C must not fall into the midst of an update
@@ -777,8 +776,7 @@ def flag(default, text, choices=None):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of one run. On the command line --loss, --estimator and --seed take several values; with neither
-    --loss nor --estimator it is the main job."""
+    """The settings of one run. On the command line --loss, --estimator and --seed may take several values."""
 
     task: str = flag("addition", "what to learn", TASKS)
     loss: str = flag(None, "objective(s), §6; with --estimator alone: stabledrl", LOSSES)
@@ -817,12 +815,13 @@ def problem(config):
     for name, (low, high) in bounds.items():
         if not low <= getattr(c, name) < high:                        # NaN and infinity fail this as well
             return f"--{name} must be at least {low} and below 2^{high.bit_length() - 1} (got {getattr(c, name)})"
-    tokens = c.prompts * c.group_size * (task.prompt_len + (1 + c.mc) * task.completion_len)
+    copies = max(c.mc, 2**c.block_size - 1 if c.block_size <= MAX_EXACT_BLOCK else 1)
+    tokens = c.prompts * c.group_size * (task.prompt_len + (1 + copies) * task.completion_len)
     rules = (
         (0 < c.lr <= 1 and 0 < c.pretrain_lr <= 1,
          f"--lr and --pretrain_lr must be positive and at most 1 (got {c.lr} and {c.pretrain_lr})"),
         (tokens <= 2**24 and 12 * c.d_model**2 * c.n_layer <= 2**32, "this needs too much memory: --prompts × "
-         "--group_size × (P + L + --mc × L) may be at most 2^24, and 12 × --d_model² × --n_layer at most 2^32"),
+         "--group_size × tokens and copies is at most 2^24, and 12 × --d_model² × --n_layer at most 2^32"),
         (c.out.strip(), "--out must name a folder"),
         (0 <= c.base_accuracy <= 1, f"--base_accuracy must be from 0 to 1 (got {c.base_accuracy})"),
         (c.d_model % (2 * c.n_head) == 0, f"--d_model must be a multiple of 2·--n_head (got {c.d_model}, {c.n_head})"),
@@ -833,8 +832,7 @@ def problem(config):
         (c.log_every % c.mu == 0, f"--log_every must be a multiple of --mu (got {c.log_every}, {c.mu})"),
         (c.updates % c.log_every == 0, f"--updates must be a multiple of --log_every (got {c.updates}, {c.log_every})"),
         (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA device; use --device cpu"),
-        (c.resume or not os.path.lexists(folder), f"{folder} already exists: --resume goes on with it; for a new run "
-         "choose another --out"),
+        (c.resume or not os.path.lexists(folder), f"{folder} already exists: --resume it, or choose another --out"),
         (os.path.lexists(folder / "checkpoint.pt") or not os.path.lexists(folder / "log.jsonl"),
          f"{folder} has a log, but no checkpoint.pt to resume from: move it away, or choose another --out"),
     )
@@ -932,16 +930,16 @@ def plot(folders, out):
         try:
             config, *rows = [json.loads(line) for line in open(path / "log.jsonl")]
             values = np.array([[row[name] for name in panels] for row in rows], dtype=float)
-            name = f"{config['loss']} / {config['estimator']}"
-            name += f" / {path.parent.name}" * (len({path.parent for path in paths}) > 1)
+            key = (config["loss"], config["estimator"], config["task"], os.path.relpath(path.parent))
             if rows:                                                  # a run that has just begun has none
-                policies.setdefault(name, []).append(values)
+                policies.setdefault(key, []).append(values)
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} holds no readable log.jsonl of a run ({error!r})") from None
     plt.rcParams["svg.hashsalt"] = "stabledrl"                        # the same logs give the same file
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     styles = itertools.cycle([("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#CC79A7", ":")])
-    for (name, seeds), (colour, style) in zip(policies.items(), styles):
+    for (key, seeds), (colour, style) in zip(policies.items(), styles):
+        name = " / ".join(part for i, part in enumerate(key) if i < 2 or len({key[i] for key in policies}) > 1)
         values = np.array([rows[: min(map(len, seeds))] for rows in seeds])     # (seeds, length of the shortest, 5)
         values[:, :, 2:4] = np.log10(np.maximum(values[:, :, 2:4], 1e-9))
         x, mean, std = values[0, :, 0], values.mean(0), values.std(0, ddof=len(seeds) > 1)
@@ -962,11 +960,13 @@ def main(argv=None):
     results, answers, failures = [], [], []
     for seed, group in itertools.groupby(configs, key=lambda config: config.seed):
         config, *_ = group = list(group)
+        bases = [Run(task, c, device).base for c in group if (run_folder(c) / "checkpoint.pt").exists()]
         try:
-            base = pretrain(task, config, device)
-        except TrainingFailed as error:                               # the other seeds still have their turn
-            failures.append(f"seed {seed}: {error}")
+            base = new_model(task, config, device) if bases else pretrain(task, config, device)
+        except (TrainingFailed, FloatingPointError) as error:         # the other seeds still have their turn
+            failures.append(f"pretraining, seed {seed}: {error}")
             continue
+        base.load_state_dict(bases[0] if bases else base.state_dict())          # resumed runs have kept theirs
         reward = sampled_reward(base, task, config)
         print(f"base policy, seed {seed}: mean reward {reward:.3f} sampled, "
               f"accuracy {accuracy(base, task, config.block_size):.3f} greedy on held-out prompts", flush=True)

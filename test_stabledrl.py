@@ -24,9 +24,11 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 import types
 import unittest.mock as mock
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -823,11 +825,10 @@ def test_a_broken_model_cannot_be_sampled_from():
 
 
 def test_pretraining_that_breaks_says_so(tmp_path, monkeypatch):
-    config = S.parse(f"{TINY} --base_accuracy 0.9 --out {tmp_path}".split())[0]
     loss = S.pretraining_loss
     monkeypatch.setattr(S, "pretraining_loss", lambda *a: loss(*a) * math.nan)
-    with pytest.raises(S.TrainingFailed, match="pretraining, update 10: .* not finite; lower --pretrain_lr"):
-        S.pretrain(TASKS["addition"], config, torch.device("cpu"))
+    with pytest.raises(S.TrainingFailed, match="^pretraining, seed 0: the model's probabilities are not finite$"):
+        run(tmp_path, "--base_accuracy 0.9")
 
 
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
@@ -1013,6 +1014,18 @@ def test_resume_continues_starts_or_leaves_alone(tmp_path):
         assert_same_run(tmp_path / "a" / name, tmp_path / "b" / name)
 
 
+def test_resumed_policies_share_the_base_that_the_checkpoints_kept(tmp_path, monkeypatch):
+    """Also one that begins later, on a machine where pretraining ends in another base: it is not pretrained again."""
+    run(tmp_path, "--updates 2", "--loss grpo")
+    monkeypatch.setattr(S, "pretrain", lambda *_: pytest.fail("pretrained again"))
+    run(tmp_path, "--updates 2 --resume", "--loss grpo stabledrl")
+    grpo, stabledrl = (
+        torch.load(tmp_path / f"addition-{loss}-elbo-seed0" / "checkpoint.pt", weights_only=True)["base"]
+        for loss in ("grpo", "stabledrl")
+    )
+    assert all(torch.equal(grpo[name], stabledrl[name]) for name in grpo)
+
+
 def test_resuming_with_other_settings_is_refused_with_the_list_of_differences(tmp_path, capsys):
     run(tmp_path)
     before = [(tmp_path / "addition-stabledrl-elbo-seed0" / name).read_bytes() for name in RUN_FILES]
@@ -1020,7 +1033,7 @@ def test_resuming_with_other_settings_is_refused_with_the_list_of_differences(tm
         "--lr 0.5 --mc 3": ["--mc was 1, now 3", "--lr was 0.0001, now 0.5"],
         "--d_model 32": ["--d_model was 16, now 32"],
         "--bf16": ["--bf16 was False, now True"],
-        "--updates 2": ["4 updates are done: --updates must be at least that"],
+        "--updates 2": ["4 updates and 2 rows of the log are done; --updates asks for 2"],
     }.items():
         with pytest.raises(SystemExit) as stop:
             S.main(f"{TINY} --loss stabledrl --out {tmp_path} --resume {flags}".split())
@@ -1043,7 +1056,13 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_runs_no_code(tmp_path, monk
     contents = [b"", b"hello", b"\x80\x02}.", np.random.default_rng(0).bytes(5_000), pickle.dumps(Hostile()), good[:-1]]
     contents += [good[: int(len(good) * part)] for part in (0.001, 0.01, 0.1, 0.5, 0.9, 0.99)]
     objects = [{}, [1, 2], {"model": {}}, Hostile(), torch.zeros(3), saved | {"config": 7}, saved | {"update": "many"}]
-    objects += [saved | {"update": -1}, saved | {"update": 2**70}, saved | {"rng": {"state": 1}}, saved | {"model": {}}]
+    objects += [
+        saved | {"update": -1},
+        saved | {"update": 2**70},
+        saved | {"rng": {"state": 1}},
+        saved | {"model": {}},
+        saved | {"base": {}},
+    ]
     objects += [saved | {"streams": [torch.zeros(3)] * 2}, saved | {"streams": []}, saved | {"rollouts": {"a": 1}}]
     objects += [saved | {"optimizer": {}}, saved | {"rows": 3}, {k: v for k, v in saved.items() if k != "seconds"}]
     for thing in objects:
@@ -1308,7 +1327,7 @@ def test_one_failure_does_not_end_the_others(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(S, "pretrain", fail(pretrain, lambda config: config.seed == 1))
     monkeypatch.setattr(S, "train", fail(train, lambda config: config.seed == 2 and config.loss == "grpo"))
-    with pytest.raises(S.TrainingFailed, match="^seed 1: bad luck; bad luck$"):
+    with pytest.raises(S.TrainingFailed, match="^pretraining, seed 1: bad luck; bad luck$"):
         S.main(f"{TINY} --seed 1 2 3 --loss grpo stabledrl --out {tmp_path}".split())
     out = capsys.readouterr().out
     assert out.count(" updates in ") == 3 and "stabledrl / elbo, seed 2" in out and "base reward" in out
@@ -1408,6 +1427,59 @@ def test_task_keeps_the_contract(task):
         assert task.reward(prompt, completion) == 0.0 and isinstance(task.explain(prompt, completion), str)
 
 
+def right_sum(prompt, completion):
+    """Oracle for addition, without regular expressions: an exact sum, its one spelling, and dots up to the length."""
+    digits = completion.rstrip(".")
+    if len(completion) != 4 or not (digits.isascii() and digits.isdigit()) or str(int(digits)) != digits:
+        return False
+    return Fraction(prompt[:2]) + Fraction(prompt[3:5]) == Fraction(digits)
+
+
+ORACLES = {"addition": right_sum}  # one for every task: (prompt, completion) -> does it deserve the full reward?
+
+
+def random_completions(task, references, rng, n):
+    """n strings: half of random characters of the task, a third right answers with one changed character, the rest of any
+    length and alphabet, and the adversarial ones."""
+    letters, L = np.array(list(task.vocab)), task.completion_len
+    drawn = letters[rng.integers(len(letters), size=(n // 2, L))].view(f"<U{L}")[:, 0].tolist()
+    near = np.array([references[i] for i in rng.integers(len(references), size=n // 3)], dtype=f"<U{L}")
+    near = near.view("<U1").reshape(-1, L).copy()
+    near[np.arange(len(near)), rng.integers(L, size=len(near))] = letters[rng.integers(len(letters), size=len(near))]
+    strange = "".join(task.vocab) + "()*/-eE_ \n\t\0²½٣४𝟒é−÷×[]{}'\"\\" + "9" * 10
+    lengths = rng.integers(1, 12, size=n - n // 2 - n // 3 - 1_000)
+    text = "".join(np.array(list(strange))[rng.integers(len(strange), size=lengths.sum())])
+    ends = lengths.cumsum()
+    odd = [text[end - length : end] for end, length in zip(ends.tolist(), lengths.tolist())]
+    return drawn + near.view(f"<U{L}")[:, 0].tolist() + odd + (ADVERSARIAL * 1_000)[:1_000]
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_million_completions_cannot_fool_or_stop_the_judge(task):
+    """No exception, no reward for what an independent exact evaluator calls wrong, no right answer
+    without it, and no call above 5 ms (the best of three, for the machine may pause)."""
+    rng = np.random.default_rng(0)
+    prompts, references = task.sample(rng, 10_000, "train")
+    completions = random_completions(task, references, rng, 1_000_000)
+    pairs = list(zip(itertools.cycle(prompts), completions)) + list(zip(prompts, references))
+    rewarded, slow, clock = [], [], time.perf_counter
+    for pair in pairs:
+        start = clock()
+        reward = task.reward(*pair)
+        if clock() - start > 5e-3:
+            slow.append(pair)
+        if reward == 1.0:
+            rewarded.append(pair)
+        else:
+            assert 0.0 <= reward < 1.0
+    assert len(rewarded) > len(prompts) and all(ORACLES[task.name](*pair) for pair in rewarded)
+    assert all(ORACLES[task.name](*pair) == (task.reward(*pair) == 1.0) for pair in pairs[::20])
+    for pair in slow:
+        assert min(timeit.repeat(lambda: task.reward(*pair), number=1, repeat=3)) < 5e-3
+    for prompt in ADVERSARIAL:
+        assert all(task.reward(prompt, completion) == 0.0 for completion in (*references[:10], *ADVERSARIAL))
+
+
 def test_addition_rewards_the_sum_and_nothing_else():
     """All 10,000 prompts have their sum; of all 13^4 completions of one prompt, one is right. 34+12 is held out if 12+34 is."""
     task = TASKS["addition"]
@@ -1462,6 +1534,173 @@ def test_readme_names_only_flags_that_exist():
     names = {f"--{field.name}" for field in dataclasses.fields(S.Config)} | {"--plot"}
     assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README)) <= names
     assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", SOURCE)) <= names | {"--"}
+
+
+# Benchmarks, not in the default run: pytest -m bench -s ------------------------------------------------------------------
+
+
+def alternately(*functions, repeats=5, threads=2):
+    """Run the functions in turn -> the median seconds of each. In turn, since the machine's speed varies with time."""
+    before, seconds = torch.get_num_threads(), [[] for _ in functions]
+    torch.set_num_threads(min(threads, os.cpu_count()))
+    for i in range(repeats + 1):
+        for function, times in zip(functions, seconds):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    torch.set_num_threads(before)
+    return [statistics.median(times[1:]) for times in seconds]  # the first was for warming up
+
+
+def toy_model(d_model=64):
+    torch.manual_seed(0)
+    return S.BlockDiffusionTransformer(14, d_model)
+
+
+def one_update(model, likelihood, N):
+    """An update as in policy_update, on random advantages, with any likelihood() -> (N,)."""
+    optimizer, A = torch.optim.AdamW(model.parameters(), lr=0.0), torch.randn(N, generator=seeded())
+
+    def update():
+        log_prob = likelihood()
+        loss = S.stabledrl_loss(log_prob - log_prob.detach(), A, 5.0, 8)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+
+    return update
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("L", [16, 64, 256])
+def test_bench_cached_generation_against_recomputation(L):
+    """(a) P = 16, B = 4, 64 completions. The other way reads the whole sequence for every token; its time per token does
+    not depend on the token, and is measured on one of the L."""
+    model, (prompts, completions) = toy_model(), batch(64, 16, L, 14)
+    whole, may = torch.cat((prompts, completions), 1), S.block_causal_mask(16 + L, 4)
+
+    @torch.no_grad()
+    def recompute_once():
+        return model(whole, torch.arange(16 + L), may).softmax(-1)
+
+    def by_recomputation():
+        tokens, rows = torch.cat((prompts, torch.full_like(completions, 13)), 1), torch.arange(64)
+        generator = seeded(1)
+        for start in range(16, 16 + L, 4):
+            order = torch.rand(64, 4, generator=generator).argsort(-1, descending=True)
+            for step in range(4):
+                with torch.no_grad():
+                    place = start + order[:, step]
+                    probs = model(tokens, torch.arange(16 + L), may)[rows, place].softmax(-1)
+                tokens[rows, place] = torch.multinomial(probs, 1, generator=generator)[:, 0]
+        return tokens[:, 16:]
+
+    cached = lambda: S.generate(model, prompts, L, 4, generator=seeded(1))
+    if L == 16:
+        assert torch.equal(cached(), by_recomputation())
+    fast, slow = alternately(cached, recompute_once)
+    print(
+        f"\n(a) L = {L:3}: {1e3 * fast:.0f} ms cached, {1e3 * slow * L:.0f} ms recomputed, ratio {slow * L / fast:.1f}"
+    )
+
+
+@pytest.mark.bench
+def test_bench_one_staircase_pass_against_one_pass_per_block():
+    """(b) P = 16, 16 blocks of B = 4, K = 2, 32 completions: an update's worth of likelihood, forward and backward."""
+    (P, L, B, K, N), model = (16, 64, 4, 2, 32), toy_model()
+    prompts, completions = batch(N, P, L, 14)
+    masks = S.sample_masks(N, K, L, B, seeded())
+
+    def per_block():
+        parts = []
+        for k, start in itertools.product(range(K), range(P, P + L, B)):
+            block = slice(start - P, start - P + B)
+            noisy = torch.where(masks[:, k, block], model.mask_id, completions[:, block])
+            tokens = torch.cat((prompts, completions[:, : start - P], noisy), 1)
+            logits = model(tokens, torch.arange(start + B), S.block_causal_mask(start + B, B))[:, -B:]
+            log_p = logits.log_softmax(-1).gather(-1, completions[:, block, None])[..., 0]
+            hidden = masks[:, k, block]
+            parts.append((B / hidden.sum(-1, keepdim=True) * hidden * log_p).sum(-1))
+        return torch.stack(parts).sum(0) / K
+
+    one_pass = lambda: S.elbo(model, prompts, completions, masks, B)
+    assert torch.allclose(one_pass(), per_block(), atol=1e-3)
+    fast, slow = alternately(one_update(model, one_pass, N), one_update(model, per_block, N))
+    print(
+        f"\n(b) 16 blocks, K = 2: {1e3 * fast:.0f} ms in one pass, {1e3 * slow:.0f} ms block by block, ratio {slow / fast:.1f}"
+    )
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("K", [2, 8, 15])
+def test_bench_copies_in_one_pass_against_a_pass_for_each(K):
+    """(c) the main job's shape (P = 6, L = 4, B = 2), 64 completions, forward and backward."""
+    model, (prompts, completions) = toy_model(), batch(64, 6, 4, 14)
+    masks = S.sample_masks(64, K, 4, 2, seeded())
+    together = lambda: S.elbo(model, prompts, completions, masks, 2)
+    apart = lambda: sum(S.elbo(model, prompts, completions, masks[:, k : k + 1], 2) for k in range(K)) / K
+    assert torch.allclose(together(), apart(), atol=1e-4)
+    fast, slow = alternately(one_update(model, together, 64), one_update(model, apart, 64), repeats=9)
+    print(f"\n(c) K = {K:2}: {1e3 * fast:.0f} ms in one pass, {1e3 * slow:.0f} ms in {K}, ratio {slow / fast:.1f}")
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("d_model", [64, 256])
+def test_bench_update_against_a_plain_matrix_product(d_model):
+    """(d) the share of an update's time in which its matrix products alone would be done, at the speed of one product of
+    two 2,048 × 2,048 matrices. 256 completions of the main job. Products are counted by hooks, backward counts twice."""
+    model, (prompts, completions) = toy_model(d_model), batch(256, 6, 4, 14)
+    masks, square, flops = S.sample_masks(256, 1, 4, 2, seeded()), torch.randn(2048, 2048), []
+    likelihood = lambda: S.elbo(model, prompts, completions, masks, 2)
+    count = lambda layer, args, _: flops.append(6 * args[0].shape[:-1].numel() * layer.weight.numel())
+    hooks = [layer.register_forward_hook(count) for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    likelihood()
+    for hook in hooks:
+        hook.remove()
+    parameters = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    assert 256 * 4 * 6 * parameters < sum(flops) < 256 * 14 * 6 * parameters  # 4 noisy tokens at least, all 14 at most
+    update, product = alternately(one_update(model, likelihood, 256), lambda: square @ square)
+    speed = 2 * 2048**3 / product
+    print(
+        f"\n(d) d_model {d_model}: {sum(flops) / update / 1e9:.0f} of {speed / 1e9:.0f} GFLOP/s, {sum(flops) / update / speed:.0%}"
+    )
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("vary", ["L", "K"])
+def test_bench_cost_of_an_update_as_length_and_copies_grow(vary):
+    """(e) P = 16, B = 4, 16 completions: seconds, and cost per token relative to the smallest. The dense mask beside it,
+    as long as it fits into a few seconds."""
+    model, rows = toy_model(), []
+    for L, K in [(L, 1) for L in (16, 64, 256, 1024)] if vary == "L" else [(16, K) for K in (1, 4, 16, 64)]:
+        prompts, completions = batch(16, 16, L, 14)
+        masks = S.sample_masks(16, K, L, 4, seeded())
+
+        def dense():
+            noisy = torch.where(masks, model.mask_id, completions[:, None]).flatten(1)
+            tokens = torch.cat((prompts, completions, noisy), 1)
+            logits = model(tokens, S.staircase_positions(16, L, K), S.staircase_mask(16, L, 4, K))[:, 16 + L :]
+            log_p = (
+                logits.log_softmax(-1)
+                .unflatten(1, (K, L))
+                .gather(-1, completions[:, None, :, None].expand(-1, K, -1, -1))
+            )
+            m = masks.unflatten(-1, (-1, 4)).sum(-1).repeat_interleave(4, -1)
+            return (4 / m * masks * log_p[..., 0]).sum(-1).mean(-1)
+
+        cut = lambda: S.elbo(model, prompts, completions, masks, 4)
+        assert torch.allclose(cut(), dense(), rtol=1e-4, atol=1e-3)
+        rows.append(
+            (L, K, *alternately(one_update(model, cut, 16), one_update(model, dense, 16), repeats=5 if L < 1024 else 3))
+        )
+    L0, K0, first, _ = rows[0]
+    for L, K, cut, dense in rows:
+        growth = L / L0 * K / K0
+        print(
+            f"\n(e) L = {L:4}, K = {K:2}: {1e3 * cut:5.0f} ms, {cut / first / growth:.2f} of linear growth; "
+            f"dense {1e3 * dense:5.0f} ms, {dense / cut:.1f} times as long"
+        )
 
 
 # Learning runs, not in the default run ---------------------------------------------------------------------------------
