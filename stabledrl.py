@@ -31,8 +31,7 @@ a hat marks an estimate (ρ̂, L̂), no hat the truth (ρ); g_j is the gradient 
   A      advantages    (N,)        how much better than its group a completion was
   ε      clip_eps                  ratios are clipped to [1−ε, 1+ε]
   μ      mu                        optimiser steps ("updates") that reuse one batch of rollouts
-In shape comments S and T count tokens, H heads, D features per head. README.md has the commands, the results, and what
-is simplified against the paper.
+In shape comments S and T count tokens, H heads, D features per head. README.md has commands, results, simplifications.
 """
 
 import argparse
@@ -85,24 +84,24 @@ class Attention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x, turns, mask, cache=None, ask=None, past=None):
-        """x (N,S,d_model), turns (S,1,1,D/2) -> (N,S,d_model), or (N,n,d_model) with ask; and the (k, v) of the S."""
+        """x (N,S,d_model), turns (S,1,1,D/2) -> (N,S,d_model), or (N,n,d_model) with ask; and the (k, v) of the T."""
         N, S, d_model = x.shape
-        qkv = self.qkv(x).view(N, S, 3, self.n_head, -1)                                         # (N, S, 3, H, D)
+        qkv = self.qkv(x).view(N, S, 3, self.n_head, d_model // self.n_head)                     # (N, S, 3, H, D)
         q, k = rotate(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4)                               # each (N, H, S, D)
         v = qkv[:, :, 2].transpose(1, 2)                                                         # (N, H, S, D)
-        own, T = (k, v), mask.shape[1]
+        T = mask.shape[1]
         if ask is not None:                                                              # (N, H, n, D), (N, 1, n, T)
             q, mask = q.take_along_dim(ask[:, None, :, None], dim=2), mask[ask][:, None]
         if past is not None:                                # N rows are copies of fewer: copy the past just as often
             copies = N // len(past[0])
-            k, v = (torch.cat((a.repeat_interleave(copies, 0), b), dim=2) for a, b in zip(past, own))
+            k, v = (torch.cat((a.repeat_interleave(copies, 0), b), dim=2) for a, b in zip(past, (k, v)))
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                          # (N, H, S or n, D)
         else:                                               # mostly few queries: plain is faster here than fused
             cache[0, :, :, T - S : T], cache[1, :, :, T - S : T] = k, v
             k, v = cache[:, :, :, :T]                                                            # each (N, H, T, D)
             y = torch.where(mask, q / math.sqrt(q.shape[-1]) @ k.mT, -math.inf).softmax(-1) @ v
-        return self.out(y.transpose(1, 2).reshape(N, -1, d_model)), own
+        return self.out(y.transpose(1, 2).reshape(N, -1, d_model)), (k, v)
 
 
 class Block(nn.Module):
@@ -116,11 +115,11 @@ class Block(nn.Module):
 
     def forward(self, x, turns, mask, cache=None, ask=None, past=None):
         """As in Attention."""
-        y, own = self.attention(self.norm1(x), turns, mask, cache, ask, past)
+        y, kv = self.attention(self.norm1(x), turns, mask, cache, ask, past)
         if ask is not None:
             x = x.take_along_dim(ask[:, :, None], dim=1)                                         # (N, n, d_model)
         x = x + y
-        return x + self.mlp(self.norm2(x)), own
+        return x + self.mlp(self.norm2(x)), kv
 
 
 class BlockDiffusionTransformer(nn.Module):
@@ -147,18 +146,17 @@ class BlockDiffusionTransformer(nn.Module):
                  A later call with the same T−S overwrites what is there (§4)
           ask    (N,n) long, which of the S tokens of a row: logits (N,n,vocab_size) for these alone, which spares most
                  of the last layer
-          keep   a list, to which every layer appends its keys and values, a pair of (N,H,S,D)
-          past   such a list, of pairs (M,H,T−S,D): what the S tokens may see before themselves. Where N = K·M, row i of
-                 the past serves the K rows i·K .. i·K+K−1 of tokens
+          keep   a list, to which every layer appends its keys and values, a pair of (N,H,T,D)
+          past   such a list, (M,H,T−S,D): what the S tokens see before themselves. Each of its rows serves N/M rows
         """
         frequencies = 10_000.0 ** -torch.arange(0, 1, 2 / self.head_dim, device=tokens.device)   # (D/2,)
         turns = torch.exp(1j * positions[:, None] * frequencies)[:, None, None]                  # (S, 1, 1, D/2)
         x = self.embed(tokens)                                                                   # (N, S, d_model)
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
-            x, own = block(x, turns, mask, None if cache is None else cache[i], ask if last else None, past and past[i])
+            x, kv = block(x, turns, mask, None if cache is None else cache[i], ask if last else None, past and past[i])
             if keep is not None:
-                keep.append(own)
+                keep.append(kv)
         return F.pad(self.head(self.norm(x)).float(), (0, 1), value=-math.inf)                   # (N, S, vocab_size)
 
     def new_cache(self, num_seqs, length):
@@ -173,8 +171,7 @@ class BlockDiffusionTransformer(nn.Module):
 # pass per block. The staircase does all at once: the sequence is laid out twice, clean and noisy. The clean half gives
 # the histories, the noisy half asks the questions. A noisy token may look at clean blocks *strictly before* its own:
 # with >= in place of that one >, it would read its own answer, the loss would fall to 0, and it would learn to copy.
-# K noisy copies with different masks share the one clean half, so K Monte-Carlo samples take one (longer) pass. (The
-# code of §3 reads the clean half first and the copies after it: the same numbers, for less work.)
+# K noisy copies with different masks share the one clean half. (§3 reads the parts in turn: the same numbers, less work.)
 
 
 def block_causal_mask(length, block_size, device=None):
@@ -263,20 +260,20 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
 
 
 def token_log_probs(model, prompts, completions, masks, block_size):
-    """log p(y_i | its noisy block, the clean text before it) for every position, hidden or not: prompts (N,P),
-    completions (N,L), masks (N,K,L) bool -> (N,K,L) float.
+    """log p(y_i | its noisy block, the clean text before it) for every position, hidden or not: prompts (N,P), or
+    (N/G,P) if each has G completions in a row, completions (N,L), masks (N,K,L) bool -> (N,K,L) float.
 
-    The same numbers as one pass over [prompt | completion | K noisy copies] under `staircase_mask`, in two steps, whose
-    cost grows with K and not with K². No clean token sees a noisy one: so the clean half is read first, and its keys
-    and values are kept. No copy sees another: so each becomes a row of its own, that sees the clean half and itself.
+    The same numbers as one pass over [prompt | completion | K noisy copies] under `staircase_mask`, in three steps: the
+    cost grows with K, not with K². A prompt sees no completion, and that no copy: so each is read once, and its keys
+    and values are kept. No copy sees another: so each becomes a row of its own, behind what was kept.
     """
-    (N, K, L), (_, P), device = masks.shape, prompts.shape, prompts.device
+    (N, K, L), P, device = masks.shape, prompts.shape[1], prompts.device
     mask, positions = staircase_mask(P, L, block_size, 1, device), staircase_positions(P, L, 1, device)
-    clean, past = torch.cat((prompts, completions), dim=1), []                                   # (N, P + L)
-    nobody = clean[:, :0]                                             # (N, 0): no logits, only keys and values
-    model(clean, positions[: P + L], mask[: P + L, : P + L], ask=nobody, keep=past)
+    prompt, clean, C = [], [], P + L
+    model(prompts, positions[:P], mask[:P, :P], ask=prompts[:, :0], keep=prompt)         # asks for no logits: (N/G, 0)
+    model(completions, positions[P:C], mask[P:C, :C], ask=completions[:, :0], past=prompt, keep=clean)
     noisy = torch.where(masks, model.mask_id, completions[:, None]).flatten(0, 1)                # (N·K, L)
-    log_p = model(noisy, positions[P + L :], mask[P + L :], past=past).log_softmax(-1)           # (N·K, L, vocab)
+    log_p = model(noisy, positions[C:], mask[C:], past=clean).log_softmax(-1)                    # (N·K, L, vocab)
     return log_p.view(N, K, L, -1).gather(-1, completions[:, None, :, None].expand(N, K, L, 1)).squeeze(-1)
 
 
@@ -305,22 +302,25 @@ def pretraining_loss(model, prompts, completions, masks, block_size):
 
 
 @torch.no_grad()
-def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random", generator=None):
-    """Complete prompts (N,P) -> (N,L) long. order "random" or "confidence"; temperature 0 takes the likeliest token.
+def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random", generator=None, samples=1):
+    """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples. order is "random" or
+    "confidence"; temperature 0 takes the likeliest token.
 
     KV-cached: a finished block is read once, in the pass that makes the first step of the next block. ValueError for
     another order or a negative temperature; AssertionError if P or L is not a multiple of B; FloatingPointError for a
     model whose probabilities are not finite. §5 has the exact likelihood of order="random" and temperature=1.
     """
-    (N, P), L, B, device = prompts.shape, completion_len, block_size, prompts.device
+    (M, P), L, B, device = prompts.shape, completion_len, block_size, prompts.device
     assert P % B == 0 and L % B == 0, f"prompt_len {P} and completion_len {L} must be multiples of block_size {B}"
     if order not in ("random", "confidence") or not temperature >= 0:
         raise ValueError(f"order {order!r} must be 'random' or 'confidence', and temperature {temperature} at least 0")
-    tokens = torch.cat((prompts, prompts.new_full((N, L), model.mask_id)), dim=1)                # (N, P + L)
-    positions = torch.arange(P + L, device=device)
-    may_attend = block_causal_mask(P + L, B, device)
-    cache = model.new_cache(N, P + L)
-    known, total = 0, 0.0       # tokens[:, :known] are final and in the cache; total is NaN if a probability ever was
+    N, positions, may_attend = M * samples, torch.arange(P + L, device=device), block_causal_mask(P + L, B, device)
+    tokens = torch.cat((prompts.repeat_interleave(samples, 0), prompts.new_full((N, L), model.mask_id)), dim=1)
+    cache, prompt = model.new_cache(N, P + L), []
+    model(prompts, positions[:P], may_attend[:P, :P], ask=prompts[:, :0], keep=prompt)           # each prompt once
+    for layer, kv in zip(cache, prompt):
+        layer[:, :, :, :P] = torch.stack(kv).repeat_interleave(samples, 1)                       # (2, N, H, P, D)
+    known, total = P, 0.0       # tokens[:, :known] are final and in the cache; total is NaN if a probability ever was
     for start in range(P, P + L, B):
         places = torch.arange(start, start + B, device=device).expand(N, B)
         lots = torch.rand(N, B, generator=generator, device=device)   # drawn before the model is asked
@@ -526,8 +526,8 @@ def run_folder(config):
 class Rollouts(NamedTuple):
     """N = prompts × group_size completions, and all that stays fixed while μ updates learn from them."""
 
-    prompts: torch.Tensor                                             # (N, P) long, group-major
-    completions: torch.Tensor                                         # (N, L) long
+    prompts: torch.Tensor                                             # (N/G, P) long
+    completions: torch.Tensor                                         # (N, L) long, group-major
     advantages: torch.Tensor                                          # (N,)
     reward: float                                                     # mean over the N
     masks: torch.Tensor                                               # (N, K, L) bool, those of old_log_prob
@@ -558,13 +558,13 @@ def new_model(task, config, device):
     return model.to(device)
 
 
-def answer(model, task, prompts, block_size, **sampling):
-    """Complete prompts (list of str) -> tokens (N,P), completions (N,L), rewards (N,) float, completions as strings."""
+def answer(model, task, prompts, block_size, samples=1, **sampling):
+    """Complete prompts (M str), each `samples` times -> tokens (M,P), completions (N,L), rewards (N,), texts (N)."""
     device = next(model.parameters()).device
     tokens = to_tokens(task, prompts, device)
-    completions = generate(model, tokens, task.completion_len, block_size, **sampling)
+    completions = generate(model, tokens, task.completion_len, block_size, samples=samples, **sampling)
     texts = decode(task, completions.tolist())
-    rewards = torch.tensor([float(task.reward(p, c)) for p, c in zip(prompts, texts)], device=device)
+    rewards = torch.tensor([float(task.reward(prompts[i // samples], c)) for i, c in enumerate(texts)], device=device)
     return tokens, completions, rewards, texts
 
 
@@ -611,9 +611,9 @@ def collect(model, task, config, rng, sample_stream, mask_stream, with_truth):
     """Sample --prompts × --group_size completions, judge them, and estimate their log-probability -> Rollouts.
     The streams are those of the prompts (rng), of the sampler and of the Monte-Carlo masks."""
     texts, _ = task.sample(rng, config.prompts, "train")
-    texts = [text for text in texts for _ in range(config.group_size)]                           # group-major
-    prompts, completions, rewards, _ = answer(model, task, texts, config.block_size, generator=sample_stream)
-    hidden = sample_masks(len(texts), config.mc, task.completion_len, config.block_size, mask_stream)
+    prompts, completions, rewards, _ = answer(model, task, texts, config.block_size, config.group_size,
+                                              generator=sample_stream)
+    hidden = sample_masks(len(completions), config.mc, task.completion_len, config.block_size, mask_stream)
     return Rollouts(
         prompts=prompts, completions=completions, reward=rewards.mean().item(), masks=hidden,
         advantages=group_advantages(rewards, config.group_size),
@@ -624,7 +624,7 @@ def collect(model, task, config, rng, sample_stream, mask_stream, with_truth):
 
 def policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise=False):
     """One optimiser step on one batch of rollouts -> dict: the diagnostics of §7, and grad_norm before clipping.
-    measure_noise needs the rollouts' old_truth. FloatingPointError, before the step, where a number is not finite."""
+    measure_noise needs old_truth. FloatingPointError, before the step, where a number is not finite."""
     prompts, completions, B = rollouts.prompts, rollouts.completions, config.block_size
     hidden = rollouts.masks if config.masks == "shared" else sample_masks(*rollouts.masks.shape, B, mask_stream)
     log_prob = ESTIMATORS[config.estimator](model, prompts, completions, hidden, B)              # (N,) L̂_θ
@@ -640,7 +640,7 @@ def policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     if not math.isfinite(grad_norm + loss.detach() + log_ratio.detach().sum()):
         worst = log_ratio.detach().abs().nan_to_num(math.inf).argmax().item()
-        text = "".join(decode(TASKS[config.task], [[*prompts[worst].tolist(), *completions[worst].tolist()]]))
+        text = "".join(decode(TASKS[config.task], [prompts[worst // config.group_size], completions[worst]]))
         raise FloatingPointError(f"the loss is {loss:.4g}, the gradient's norm {grad_norm:.4g}, and the log-ratio of "
                                  f"sample {worst}, {text!r}, {log_ratio[worst]:.4g}")
     values = {"grad_norm": grad_norm.item()} | ratio_diagnostics(log_ratio, config.clip_eps, config.group_size, truth)
@@ -913,9 +913,8 @@ def report(results):
         low = f"; {sum(run[1] < run[0] / 2 for run in runs)} of {len(runs)} seeds below half of it" * several
         words.append(f"{policy} {outcome}: reward {means[0]:.3f} -> {means[1]:.3f}, {times:.2f} times the base{low}.")
     if {"grpo / elbo", "grpo / exact"} <= set(gain):
-        shown = gain["grpo / elbo"] < 0.9 and gain["grpo / exact"] > 1.1
-        words.append("So noise is the cause: the same GRPO learns where the ratio is exact." if shown else
-                     "So this run does not show that noise is the cause: compare the two rows of GRPO.")
+        shown = "So noise" if gain["grpo / elbo"] < 0.9 and gain["grpo / exact"] > 1.1 else "It is not shown that noise"
+        words.append(f"{shown} is the cause: compare GRPO on the estimated ratio and on the exact one.")
     return [*lines, "", *words]
 
 

@@ -251,6 +251,23 @@ def test_asking_for_some_tokens_gives_their_logits_and_no_others():
     assert torch.allclose(rest[1::2, :, :4], swapped[:, 4:, :4], atol=1e-5)
 
 
+def test_completions_of_one_prompt_may_share_it():
+    """§3, §4: prompts (M,P) with N = 3·M completions give what the same prompts written out 3 times give, the gradient
+    included; and samples=3 is sampling from each prompt 3 times."""
+    model, (prompts, completions) = tiny_model(), batch(N=6)
+    prompts, masks = prompts[:2], S.sample_masks(6, 2, 6, 2, seeded())
+    written_out = prompts.repeat_interleave(3, 0)
+    a, b = (S.elbo(model, p, completions, masks, 2) for p in (prompts, written_out))
+    assert torch.allclose(a, b, atol=1e-5)
+    for x, y in zip(*(torch.autograd.grad(v.square().sum(), list(model.parameters())) for v in (a, b))):
+        assert torch.allclose(x, y, rtol=1e-3, atol=1e-3 * y.abs().max().item())
+    for likelihood in (S.mean_field, S.exact_elbo, S.exact_log_likelihood):
+        assert torch.allclose(*(likelihood(model, p, completions, 2) for p in (prompts, written_out)), atol=1e-5)
+    shared = S.generate(model, prompts, 6, 2, generator=seeded(), samples=3)
+    assert torch.equal(shared, S.generate(model, written_out, 6, 2, generator=seeded()))
+    assert len({tuple(row) for row in shared.tolist()}) > 3
+
+
 def test_block_size_one_is_an_autoregressive_model():
     """All four likelihoods are then one number, the chain rule Σ log p(y_i | everything before)."""
     model, (prompts, completions) = tiny_model(), batch(P=3, L=4)
@@ -386,9 +403,9 @@ def test_confidence_is_measured_at_temperature_one():
         mask_id = 4
 
         def new_cache(self, *_):
-            return None
+            return []
 
-        def forward(self, tokens, positions, mask, cache=None, ask=None):
+        def forward(self, tokens, positions, mask, cache=None, ask=None, keep=None):
             logits = torch.tensor([[1.0, 0.0, -50.0, -50.0], [2.6, 0.0, 0.0, 0.0]])
             logits = logits.roll(int((tokens[0] != 4).sum()), dims=1)
             return torch.nn.functional.pad(logits, (0, 1), value=-math.inf)[None]
@@ -405,10 +422,10 @@ def test_random_order_is_a_fair_die():
         mask_id = 4
 
         def new_cache(self, *_):
-            return None
+            return []
 
-        def forward(self, tokens, positions, mask, cache=None, ask=None):
-            revealed = (tokens[:, -3:] != 4).sum(1)
+        def forward(self, tokens, positions, mask, cache=None, ask=None, keep=None):
+            revealed = (tokens[:, -3:] != 4).sum(1)  # 0 for the pass that reads the empty prompt
             return torch.nn.functional.one_hot(revealed, 5)[:, None].expand(-1, ask.shape[1], -1).float() * 1e4
 
     orders = Counter(
@@ -691,13 +708,12 @@ def test_all_policies_share_base_and_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(
         S,
         "answer",
-        lambda model, task, prompts, *a, **k: seen.append(tuple(prompts)) or answer(model, task, prompts, *a, **k),
+        lambda model, task, prompts, *a, **k: seen.append((*prompts, *a)) or answer(model, task, prompts, *a, **k),
     )
     runs = run(tmp_path, policy="--loss grpo stabledrl --estimator elbo exact mean_field")
     assert len(runs) == 6 and Counter(seen).most_common(1)[0][1] > 6
-    rollouts = [prompts for prompts in seen if len(prompts) == 6]  # 2 prompts × 3 completions
-    assert len(rollouts) == 6 * 2 and rollouts == rollouts[:2] * 6
-    assert all(p[0] == p[1] == p[2] and p[3] == p[4] == p[5] for p in rollouts)
+    rollouts = [call for call in seen if call[2:] == (2, 3)]  # 2 prompts, in blocks of 2, 3 completions of each
+    assert len(rollouts) == 6 * 2 and rollouts == rollouts[:2] * 6 and rollouts[0] != rollouts[1]
     bases = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["base"] for name in runs]
     assert all(torch.equal(bases[0][key], base[key]) for base in bases for key in base)
 
@@ -1300,7 +1316,7 @@ def test_the_verdict_follows_from_the_numbers():
         and "grpo / exact collapsed" in words
         and "stabledrl / elbo gained nothing" in words
     )
-    assert "So noise is the cause" not in words and "does not show that noise is the cause" in words
+    assert "So noise is the cause" not in words and "It is not shown that noise is the cause" in words
     assert "lost ground" in "\n".join(S.report([fake_result("grpo", "elbo", 0.3, middle)]))
     two = S.report([fake_result("grpo", "elbo", 0.2, middle), fake_result("grpo", "elbo", 0.4, flat)])
     assert (
