@@ -171,7 +171,7 @@ class BlockDiffusionTransformer(nn.Module):
 # pass per block. The staircase does all at once: the sequence is laid out twice, clean and noisy. The clean half gives
 # the histories, the noisy half asks the questions. A noisy token may look at clean blocks *strictly before* its own:
 # with >= in place of that one >, it would read its own answer, the loss would fall to 0, and it would learn to copy.
-# K noisy copies with different masks share the one clean half. (§3 reads the parts in turn: the same numbers, less work.)
+# K noisy copies with different masks share the one clean half. (§3 reads part by part: the same numbers, less work.)
 
 
 def block_causal_mask(length, block_size, device=None):
@@ -331,11 +331,12 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
             logits = model(tokens[:, new], positions[new], may_attend[new, :end], cache, ask=ask - known)
             known = start               # the first step has read all before this block; this block is read again
             probs = (logits / (temperature or 1.0)).softmax(-1)                                  # (N, 1 or B, vocab)
-            hidden = tokens.gather(1, ask) == model.mask_id
-            surest = probs.amax(-1).masked_fill(~hidden, -1.0).argmax(-1, keepdim=True)          # (N, 1)
-            place, probs = ask.gather(1, surest), probs.take_along_dim(surest[:, :, None], 1)    # (N, 1), (N, 1, vocab)
+            if order == "confidence":
+                hidden = tokens.gather(1, ask) == model.mask_id
+                surest = probs.amax(-1).masked_fill(~hidden, -1.0).argmax(-1, keepdim=True)      # (N, 1)
+                ask, probs = ask.gather(1, surest), probs.take_along_dim(surest[:, :, None], 1)  # (N, 1), (N, 1, vocab)
             race = torch.empty_like(probs).exponential_(generator=generator) if temperature else 1.0
-            tokens.scatter_(1, place, (probs / race).argmax(-1))      # p / Exp(1) is largest with probability p
+            tokens.scatter_(1, ask, (probs / race).argmax(-1))      # p / Exp(1) is largest with probability p
             total = total + probs.sum()
     if not math.isfinite(total):
         raise FloatingPointError("the model's probabilities are not finite")

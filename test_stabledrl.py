@@ -1591,9 +1591,9 @@ def one_update(model, likelihood, N):
 @pytest.mark.bench
 @pytest.mark.parametrize("L", [16, 64, 256])
 def test_bench_cached_generation_against_recomputation(L):
-    """(a) P = 16, B = 4, 64 completions. The other way reads the whole sequence for every token; its time per token does
+    """(a) P = 16, B = 4, 256 completions. The other way reads the whole sequence for every token; its time per token does
     not depend on the token, and is measured on one of the L."""
-    model, (prompts, completions) = toy_model(), batch(64, 16, L, 14)
+    model, (prompts, completions) = toy_model(), batch(256, 16, L, 14)
     whole, may = torch.cat((prompts, completions), 1), S.block_causal_mask(16 + L, 4)
 
     @torch.no_grad()
@@ -1601,10 +1601,10 @@ def test_bench_cached_generation_against_recomputation(L):
         return model(whole, torch.arange(16 + L), may).softmax(-1)
 
     def by_recomputation():
-        tokens, rows = torch.cat((prompts, torch.full_like(completions, 13)), 1), torch.arange(64)
+        tokens, rows = torch.cat((prompts, torch.full_like(completions, 13)), 1), torch.arange(256)
         generator = seeded(1)
         for start in range(16, 16 + L, 4):
-            order = torch.rand(64, 4, generator=generator).argsort(-1, descending=True)
+            order = torch.rand(256, 4, generator=generator).argsort(-1, descending=True)
             for step in range(4):
                 with torch.no_grad():
                     place = start + order[:, step]
