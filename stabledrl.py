@@ -37,14 +37,15 @@ In shape comments S and T count tokens, H heads, D features per head. README.md 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
+import multiprocessing.connection
 import os
 import pickle
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -63,8 +64,7 @@ from toy_tasks import TASKS, decode, encode
 # positions and the attention mask. With a causal mask it would be a GPT; with the masks of §2 it is a block-diffusion
 # model. Only two details matter later: a token's position is given, not counted, so that a noisy copy can sit at the
 # positions of its original; and [MASK] has an embedding but no output, so it can be read and never written. The
-# keyword arguments of `forward` are for speed; skip them until §3 uses ask, keep and past, and §4 uses ask and cache.
-
+# keyword arguments of `forward` are for speed; skip them until §3 and §4 use them.
 
 def rotate(x, turns):
     """Rotary position embedding (Su et al. 2021): neighbouring features of x (N,S,..,D) are the two parts of a complex
@@ -72,62 +72,40 @@ def rotate(x, turns):
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                              # (N, S, .., D/2)
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
-
-class Attention(nn.Module):
-    """Multi-head attention of S tokens over T, themselves and those of the cache or past, where `mask` (S,T) allows it.
-    BlockDiffusionTransformer.forward explains cache, ask and past; here they are those of one layer."""
-
+class Block(nn.Module):
+    """Pre-norm transformer block: add what attention reads, then add what the MLP makes of it."""
     def __init__(self, d_model, n_head):
         super().__init__()
         self.n_head = n_head
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
-
-    def forward(self, x, turns, mask, cache=None, ask=None, past=None):
-        """x (N,S,d_model), turns (S,1,1,D/2) -> (N,S,d_model), or (N,n,d_model) with ask; and the (k, v) of the T."""
-        N, S, d_model = x.shape
-        qkv = self.qkv(x).view(N, S, 3, self.n_head, d_model // self.n_head)                     # (N, S, 3, H, D)
-        q, k = rotate(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4)                               # each (N, H, S, D)
-        v = qkv[:, :, 2].transpose(1, 2)                                                         # (N, H, S, D)
-        T = mask.shape[1]
-        if ask is not None:                                                              # (N, H, n, D), (N, 1, n, T)
-            q, mask = q.take_along_dim(ask[:, None, :, None], dim=2), mask[ask][:, None]
-        if past is not None:                                # N rows are copies of fewer: copy the past just as often
-            copies = N // len(past[0])
-            k, v = (torch.cat((a.repeat_interleave(copies, 0), b), dim=2) for a, b in zip(past, (k, v)))
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                          # (N, H, S or n, D)
-        else:                                               # mostly few queries: plain is faster here than fused
-            cache[0, :, :, T - S : T], cache[1, :, :, T - S : T] = k, v
-            k, v = cache[:, :, :, :T]                                                            # each (N, H, T, D)
-            y = torch.where(mask, q / math.sqrt(q.shape[-1]) @ k.mT, -math.inf).softmax(-1) @ v
-        return self.out(y.transpose(1, 2).reshape(N, -1, d_model)), (k, v)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: add what attention reads, then add what the MLP makes of it."""
-
-    def __init__(self, d_model, n_head):
-        super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(d_model, bias=False), nn.LayerNorm(d_model, bias=False)
-        self.attention = Attention(d_model, n_head)
+        self.qkv, self.out = nn.Linear(d_model, 3 * d_model, bias=False), nn.Linear(d_model, d_model, bias=False)
         self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.ReLU(), nn.Linear(4 * d_model, d_model))
 
-    def forward(self, x, turns, mask, cache=None, ask=None, past=None):
-        """As in Attention."""
-        y, kv = self.attention(self.norm1(x), turns, mask, cache, ask, past)
+    def forward(self, x, turns, mask, ask=None, past=None):
+        """x (N,S,d_model), turns (S,1,1,D/2), mask (S,T) -> (N,S,d_model), or (N,n,d_model) with ask; and the (k, v) of
+        the T. BlockDiffusionTransformer.forward explains ask and past; here, past is that of one layer."""
+        N, S, d_model = x.shape
+        qkv = self.qkv(self.norm1(x)).view(N, S, 3, self.n_head, d_model // self.n_head)         # (N, S, 3, H, D)
+        q, k = rotate(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4)                               # each (N, H, S, D)
+        v = qkv[:, :, 2].transpose(1, 2)                                                         # (N, H, S, D)
         if ask is not None:
+            q, mask = q.take_along_dim(ask[:, None, :, None], dim=2), mask[ask][:, None]         # .., (N, 1, n, T)
             x = x.take_along_dim(ask[:, :, None], dim=1)                                         # (N, n, d_model)
-        x = x + y
-        return x + self.mlp(self.norm2(x)), kv
-
+        if past is not None:                                # a row of the past serves N/M rows: copy it just as often
+            k, v = (torch.cat((a[:, None].expand(-1, N // len(a), -1, -1, -1).flatten(0, 1), b), dim=2)
+                    for a, b in zip(past, (k, v)))                                               # each (N, H, T, D)
+        if S > 16:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                          # (N, H, S, D)
+        else:                                               # for few queries, plain is faster than fused
+            y = torch.where(mask, q / math.sqrt(q.shape[-1]) @ k.mT, -math.inf).softmax(-1) @ v
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x)), (k, v)
 
 class BlockDiffusionTransformer(nn.Module):
     """Predicts every token at its own place (no shift by one) from whatever the mask lets it see.
 
     vocab_size counts [MASK], which is the last id, `mask_id`. d_model / n_head must be an even integer.
     """
-
     def __init__(self, vocab_size, d_model=64, n_layer=2, n_head=4):
         super().__init__()
         self.mask_id = vocab_size - 1
@@ -138,12 +116,10 @@ class BlockDiffusionTransformer(nn.Module):
         self.head = nn.Linear(d_model, vocab_size - 1, bias=False)                               # no row for [MASK]
         nn.init.normal_(self.embed.weight, std=0.02)
 
-    def forward(self, tokens, positions, mask, cache=None, ask=None, past=None, keep=None):
+    def forward(self, tokens, positions, mask, ask=None, past=None, keep=None):
         """tokens (N,S) long, positions (S,) long, mask (S,T) bool, True = may attend -> logits (N,S,vocab_size).
 
         A text that is read alone has T = S. The rest is for speed, and tested against that:
-          cache  from `new_cache`: its first T−S places hold the tokens before the S, and the S are written behind them.
-                 A later call with the same T−S overwrites what is there (§4)
           ask    (N,n) long, which of the S tokens of a row: logits (N,n,vocab_size) for these alone, which spares most
                  of the last layer
           keep   a list, to which every layer appends its keys and values, a pair of (N,H,T,D)
@@ -153,15 +129,10 @@ class BlockDiffusionTransformer(nn.Module):
         turns = torch.exp(1j * positions[:, None] * frequencies)[:, None, None]                  # (S, 1, 1, D/2)
         x = self.embed(tokens)                                                                   # (N, S, d_model)
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
-            x, kv = block(x, turns, mask, None if cache is None else cache[i], ask if last else None, past and past[i])
+            x, kv = block(x, turns, mask, ask if i == len(self.blocks) - 1 else None, past and past[i])
             if keep is not None:
                 keep.append(kv)
         return F.pad(self.head(self.norm(x)).float(), (0, 1), value=-math.inf)                   # (N, S, vocab_size)
-
-    def new_cache(self, num_seqs, length):
-        """Room for the keys and values of `length` tokens in every layer, to be filled by `forward`."""
-        return self.embed.weight.new_zeros(len(self.blocks), 2, num_seqs, self.n_head, length, self.head_dim)
 
 
 # ==== §2  Masks =======================================================================================================
@@ -172,7 +143,6 @@ class BlockDiffusionTransformer(nn.Module):
 # the histories, the noisy half asks the questions. A noisy token may look at clean blocks *strictly before* its own:
 # with >= in place of that one >, it would read its own answer, the loss would fall to 0, and it would learn to copy.
 # K noisy copies with different masks share the one clean half. (§3 reads part by part: the same numbers, less work.)
-
 
 def block_causal_mask(length, block_size, device=None):
     """(length, length) bool, True = row may attend to column: everything in the own block and in blocks before it.
@@ -190,12 +160,10 @@ def block_causal_mask(length, block_size, device=None):
     block = torch.arange(length, device=device) // block_size                                    # (length,)
     return block[:, None] >= block[None, :]
 
-
 def staircase_positions(prompt_len, completion_len, copies=1, device=None):
     """(S,) long, S = P + L + copies·L: every noisy copy reuses the positions P .. P+L−1 of the tokens that it hides."""
     clean = torch.arange(prompt_len + completion_len, device=device)                             # (P + L,)
     return torch.cat((clean, clean[prompt_len:].repeat(copies)))
-
 
 def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None):
     """(S, S) bool, True = row may attend to column, for [prompt | clean completion | noisy copy 1 | .. | noisy copy K].
@@ -227,7 +195,6 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     stream = ((index - P) // L).clamp(min=0)                                                     # (S,) 0 = clean, 1..K
     from_block, to_block = block[:, None], block[None, :]
     from_stream, to_stream = stream[:, None], stream[None, :]
-
     clean_to_clean = (from_stream == 0) & (to_stream == 0) & (from_block >= to_block)
     noisy_to_clean = (from_stream > 0) & (to_stream == 0) & (from_block > to_block)             # this one must be >
     noisy_to_own_block = (from_stream > 0) & (from_stream == to_stream) & (from_block == to_block)
@@ -245,10 +212,8 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 #
 #     ELBO(y) = E_masks  Σ_blocks  B/m · Σ_i 1[y_i masked] · log p_θ(y_i | noisy block, clean history)   ≤   log π_θ(y)
 #
-# (the inner sum runs over the B tokens of a block, and m is that block's own count).
-#
-# Pretraining maximises it over data. RL uses a sample of it, with K draws of the masks, as L̂. One `elbo`, two jobs.
-
+# (the inner sum runs over the B tokens of a block, m is that block's own count). Pretraining maximises it over data. RL
+# uses a sample of it, with K draws of the masks, as L̂. One `elbo`, two jobs.
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool, True = hidden, on the generator's device. Per block a count m ~ U{1..B}, then m random places."""
@@ -258,6 +223,15 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
     rank = noise.argsort(-1).argsort(-1)                                                         # permutation of 0..B−1
     return (rank < m).flatten(-2)                                                                # (N, K, L)
 
+def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
+    """(N,K,L) bool, K even: copy K/2 + k hides in every block what copy k shows, or all where copy k shows nothing.
+    Each copy alone is distributed as in `sample_masks`; a pair of them misses no token (ESPO's coupled sampling)."""
+    masks = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
+    blocks = masks.unflatten(-1, (-1, block_size))                                               # (N, K/2, L/B, B)
+    return torch.cat((masks, (~blocks | blocks.all(-1, keepdim=True)).flatten(-2)), dim=1)
+
+# What --masks means: how the masks are drawn, and whether L̂_θ uses those of L̂_old again. Add yours here.
+MASKS = {"independent": (sample_masks, False), "shared": (sample_masks, True), "coupled": (coupled_masks, False)}
 
 def token_log_probs(model, prompts, completions, masks, block_size):
     """log p(y_i | its noisy block, the clean text before it) for every position, hidden or not: prompts (N,P), or
@@ -276,7 +250,6 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     log_p = model(noisy, positions[C:], mask[C:], past=clean).log_softmax(-1)                    # (N·K, L, vocab)
     return log_p.view(N, K, L, -1).gather(-1, completions[:, None, :, None].expand(N, K, L, 1)).squeeze(-1)
 
-
 def elbo(model, prompts, completions, masks, block_size):
     """L̂: the Monte-Carlo ELBO of log π(completion | prompt) in nats, from masks (N,K,L) -> (N,). Unbiased for
     `exact_elbo` if the masks come from `sample_masks`. Every block of every copy must have a hidden token (m ≥ 1)."""
@@ -284,11 +257,6 @@ def elbo(model, prompts, completions, masks, block_size):
     log_p, hidden = (x.unflatten(-1, (-1, block_size)) for x in (log_p, masks))                  # (N, K, L/B, B)
     m = hidden.sum(-1, keepdim=True)                                                             # (N, K, L/B, 1)
     return (block_size / m * hidden * log_p).sum((-2, -1)).mean(-1)                              # (N, K) -> (N,)
-
-
-def pretraining_loss(model, prompts, completions, masks, block_size):
-    """Negative ELBO in nats per token, averaged over the batch -> scalar."""
-    return -elbo(model, prompts, completions, masks, block_size).mean() / completions.shape[1]
 
 
 # ==== §4  Rollout =====================================================================================================
@@ -300,15 +268,16 @@ def pretraining_loss(model, prompts, completions, masks, block_size):
 # model is surest. It answers better, but the place now depends on all the probabilities, and the likelihood of y under
 # *that* policy is another, harder sum: so it is used for evaluation only.
 
-
 @torch.no_grad()
-def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random", generator=None, samples=1):
+def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random", generator=None, samples=1,
+             per_step=1, threshold=math.inf, passes=None):
     """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples. order is "random" or
-    "confidence"; temperature 0 takes the likeliest token.
+    "confidence"; temperature 0 takes the likeliest. Parallel decoding: `per_step` tokens are revealed at once,
+    and with "confidence" all that are surer than `threshold`. The list `passes` gets the passes per answer, (N,) long.
 
     KV-cached: a finished block is read once, in the pass that makes the first step of the next block. ValueError for
     another order or a negative temperature; AssertionError if P or L is not a multiple of B; FloatingPointError for a
-    model whose probabilities are not finite. §5 has the exact likelihood of order="random" and temperature=1.
+    model whose probabilities are not finite. §5 has the exact likelihood of order="random", temperature=1, per_step=1.
     """
     (M, P), L, B, device = prompts.shape, completion_len, block_size, prompts.device
     assert P % B == 0 and L % B == 0, f"prompt_len {P} and completion_len {L} must be multiples of block_size {B}"
@@ -316,28 +285,34 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
         raise ValueError(f"order {order!r} must be 'random' or 'confidence', and temperature {temperature} at least 0")
     N, positions, may_attend = M * samples, torch.arange(P + L, device=device), block_causal_mask(P + L, B, device)
     tokens = torch.cat((prompts.repeat_interleave(samples, 0), prompts.new_full((N, L), model.mask_id)), dim=1)
-    cache, prompt = model.new_cache(N, P + L), []
-    model(prompts, positions[:P], may_attend[:P, :P], ask=prompts[:, :0], keep=prompt)           # each prompt once
-    for layer, kv in zip(cache, prompt):
-        layer[:, :, :, :P] = torch.stack(kv).repeat_interleave(samples, 1)                       # (2, N, H, P, D)
-    known, total = P, 0.0       # tokens[:, :known] are final and in the cache; total is NaN if a probability ever was
+    past = []
+    model(prompts, positions[:P], may_attend[:P, :P], ask=prompts[:, :0], keep=past)             # each prompt once
+    known, total = P, 0.0       # tokens[:, :known] are final and in the past; total is NaN if a probability ever was
+    needed = prompts.new_zeros(N)
     for start in range(P, P + L, B):
         places = torch.arange(start, start + B, device=device).expand(N, B)
         lots = torch.rand(N, B, generator=generator, device=device)   # drawn before the model is asked
         drawn = places.gather(1, lots.argsort(-1, descending=True))                              # (N, B)
-        for step in range(B):
-            ask = drawn[:, step : step + 1] if order == "random" else places                     # (N, 1) or (N, B)
-            new, end = slice(known, start + B), start + B
-            logits = model(tokens[:, new], positions[new], may_attend[new, :end], cache, ask=ask - known)
-            known = start               # the first step has read all before this block; this block is read again
-            probs = (logits / (temperature or 1.0)).softmax(-1)                                  # (N, 1 or B, vocab)
+        for step in range(0, B, per_step):
+            ask = drawn[:, step : step + per_step] if order == "random" else places             # (N, n)
+            new, read = slice(known, start + B), []
+            logits = model(tokens[:, new], positions[new], may_attend[new, : start + B], ask - known, past, read)
+            if step == 0:           # it has read the block before as well: keep that, and not the unfinished one
+                past, known = [(k[:, :, :start], v[:, :, :start]) for k, v in read], start
+            probs = (logits / (temperature or 1.0)).softmax(-1)                                  # (N, n, vocab)
+            now = tokens.gather(1, ask)                                                          # (N, n)
+            reveal = now == model.mask_id
+            needed += reveal.any(-1)
             if order == "confidence":
-                hidden = tokens.gather(1, ask) == model.mask_id
-                surest = probs.amax(-1).masked_fill(~hidden, -1.0).argmax(-1, keepdim=True)      # (N, 1)
-                ask, probs = ask.gather(1, surest), probs.take_along_dim(surest[:, :, None], 1)  # (N, 1), (N, 1, vocab)
+                sure = probs.amax(-1).masked_fill(~reveal, -1.0)                                 # (N, B)
+                rank = sure.argsort(-1, descending=True).argsort(-1)
+                reveal &= (rank < per_step) | (sure > threshold)
             race = torch.empty_like(probs).exponential_(generator=generator) if temperature else 1.0
-            tokens.scatter_(1, ask, (probs / race).argmax(-1))      # p / Exp(1) is largest with probability p
+            chosen = (probs / race).argmax(-1)                      # p / Exp(1) is largest with probability p
+            tokens.scatter_(1, ask, torch.where(reveal, chosen, now))
             total = total + probs.sum()
+    if passes is not None:
+        passes.append(needed)
     if not math.isfinite(total):
         raise FloatingPointError("the model's probabilities are not finite")
     return tokens[:, P:]
@@ -350,20 +325,17 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # every conditional that the model can be asked for. A weighted sum of them is the ELBO without noise; a sum over the
 # paths from "all hidden" to "none hidden" is log π itself. Real models use blocks of 32: 4 billion copies.
 #
-# What is wrong with an estimate, then? ELBO ≤ log π is a *bias*. It is small here (0.04 nats at the base policy),
-# depends on the model, not on luck, and nearly cancels in L̂_θ − L̂_old; estimator exact_elbo has this bias and no noise.
-# The Monte-Carlo *noise* does not cancel. At the base policy, before any update, when the true ratio is exactly 1, log
-# ρ̂ has a standard deviation of 2 nats with K = 1, and long tails: one ρ̂ in 35 is above 50, one in 1,000 above 70,000
-# (README). More copies lower it as 1/√K. Sharing the masks between L̂_old and L̂_θ makes most of it cancel (--masks
-# shared): wherever that can be done, do it first.
-
+# What is wrong with an estimate, then? ELBO ≤ log π is a *bias*: small here (0.04 nats), no matter of luck, and nearly
+# gone in L̂_θ − L̂_old; estimator exact_elbo has it, and no noise. Monte-Carlo *noise* does not cancel: before any
+# update, when every true ratio is 1, log ρ̂ has a standard deviation of 2 nats with K = 1; one ρ̂ in 35 is above 50, one
+# in 1,000 above 70,000 (README). More copies lower it as 1/√K. Sharing the masks of L̂_old and L̂_θ makes most of it
+# cancel: do that first, wherever it can be done.
 
 def mean_field(model, prompts, completions, block_size):
     """The one-step proxy (N,): every block fully hidden, all its tokens scored at once, as if they were independent.
     No chance in it, but a bias: this is the log-likelihood of a sampler that writes a block in one step."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]                         # (N, 1, L)
     return token_log_probs(model, prompts, completions, everything, block_size).sum((-2, -1))
-
 
 def every_pattern(model, prompts, completions, block_size):
     """log p under every way to hide a part of a block: (2^B−1, B) bool patterns, (N, 2^B−1, L/B, B) log p.
@@ -374,7 +346,6 @@ def every_pattern(model, prompts, completions, block_size):
     masks = patterns.repeat(1, L // B).expand(N, -1, -1)                                         # (N, 2^B−1, L)
     return patterns, token_log_probs(model, prompts, completions, masks, B).unflatten(-1, (-1, B))
 
-
 def exact_elbo(model, prompts, completions, block_size):
     """The expectation of `elbo` over `sample_masks` (N,): each pattern with its probability, one pass, no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
@@ -383,7 +354,6 @@ def exact_elbo(model, prompts, completions, block_size):
     probability = 1 / (block_size * ways)        # one of B counts m, then one of the C(B, m) patterns with that count
     weight = probability * (block_size / m) * patterns                                           # (2^B−1, B)
     return (weight[:, None] * log_p).sum((1, 2, 3))
-
 
 def exact_log_likelihood(model, prompts, completions, block_size):
     """log π(completion | prompt) of `generate` with order="random", temperature=1, in nats (N,). At least `exact_elbo`.
@@ -404,7 +374,6 @@ def exact_log_likelihood(model, prompts, completions, block_size):
                 paths.append(log_reach[before] + log_p[:, before - 1, :, i] - math.log(before.bit_count()))
         log_reach[hidden] = torch.stack(paths).logsumexp(0)
     return log_reach[0].sum(-1)
-
 
 MAX_EXACT_BLOCK = 8  # 255 copies: above this, --estimator exact is refused, and the noise is not measured
 
@@ -437,13 +406,12 @@ ESTIMATORS = {
 #
 # StableDRL clips whatever the sign of A, and divides by the weights' sum: per group of G completions of one prompt,
 #     ∇J = Σ_j w_j A_j g_j / Σ_i w_i,   w_j = clip(ρ̂_j, 1−ε, 1+ε),   g_j = ∇L̂_θ(y_j)
-# It is a weighted mean, so it lies in the convex hull of the A_j·g_j, and its norm is at most max_j |A_j|·‖g_j‖,
-# whatever the ratios are. One outlier may still rule its own group, but no group has more than its 1 in N/G. The w are
-# detached: else the product rule would add a term with ∇w, which is no combination of the A_j·g_j. ε means two things:
-# in GRPO a trust region, 0.2; here the place where the tail is cut off, 5 in the paper. The price: good completions are
-# pushed up further even where ρ̂ > 1+ε; with an accurate ratio GRPO comes out slightly ahead (README).
-# At ρ̂ = 1 both losses have the same gradient, −mean A·g: the plain policy gradient. Their *values* mean nothing.
-
+# A weighted mean lies in the convex hull of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios.
+# One outlier may rule its own group, but no group has more than its 1 in N/G. The w are detached: else the product rule
+# would add a term with ∇w, which is no combination of the A_j·g_j. ε means two things: in GRPO a trust region, 0.2;
+# here the place where the tail is cut off, 5 in the paper. The price: good completions are pushed up further even where
+# ρ̂ > 1+ε; with an accurate ratio GRPO comes out slightly ahead (README). At ρ̂ = 1 all losses have one gradient,
+# −mean A·g: the plain policy gradient. Their *values* mean nothing.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,), group-major -> advantages (N,): minus the group's mean, over its standard deviation (GRPO).
@@ -453,7 +421,6 @@ def group_advantages(rewards, group_size):
     centred = groups - groups.mean(-1, keepdim=True)
     return (centred / (groups.std(-1, correction=0, keepdim=True) + 1e-6)).flatten()
 
-
 def grpo_loss(log_ratio, advantages, clip_eps):
     """GRPO: (N,), (N,) -> scalar. The clip binds only where it lowers the objective; the divisor is the fixed N.
     In float64: float32 ends at e^88, and there the corners that are clipped to 0 would turn into 0·∞ = NaN."""
@@ -462,21 +429,24 @@ def grpo_loss(log_ratio, advantages, clip_eps):
     per_sequence = torch.minimum(ratio * advantages, clipped * advantages)
     return -per_sequence.mean()
 
-
-def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
-    """StableDRL: (N,), (N,) -> scalar. The clip always binds; the divisor is the sum of the group's clipped ratios.
-    Clipped ratios over their sum = softmax of their logs, in which nothing can overflow. Mean over the groups."""
+def stabledrl_loss(log_ratio, advantages, clip_eps, group_size, normalise=True):
+    """StableDRL: (N,), (N,) -> scalar. The clip always binds; the divisor is the sum of the group's clipped ratios, or
+    with normalise=False their number G. In logarithms, where nothing can overflow. Mean over the groups."""
     log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
-    log_clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))     # line 1: unconditional clip
-    weights = log_clipped.view(-1, group_size).softmax(-1).flatten()              # line 2: self-normalisation, (N,)
+    log_clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps)).view(-1, group_size)      # line 1: clip
+    log_divisor = log_clipped.logsumexp(-1, keepdim=True) if normalise else math.log(group_size)        # line 2: divide
+    weights = (log_clipped - log_divisor).exp().flatten()                                        # (N,)
     per_sequence = weights * advantages * log_ratio
     return -per_sequence.view(-1, group_size).sum(-1).mean()
 
-
 # What --loss means: name -> (function(log_ratio, advantages, clip_eps, group_size), default clip_eps). Add yours here.
+# The paper's ablations are StableDRL without one of its lines, or with neither ratio nor clip: ε = 0 makes every ρ̂ 1.
 LOSSES = {
-    "grpo": (lambda log_ratio, advantages, clip_eps, group_size: grpo_loss(log_ratio, advantages, clip_eps), 0.2),
+    "grpo": (lambda log_ratio, A, clip_eps, G: grpo_loss(log_ratio, A, clip_eps), 0.2),
     "stabledrl": (stabledrl_loss, 5.0),
+    "clip_only": (functools.partial(stabledrl_loss, normalise=False), 5.0),
+    "norm_only": (lambda log_ratio, A, clip_eps, G: stabledrl_loss(log_ratio, A, math.inf, G), 5.0),
+    "no_ratio": (lambda log_ratio, A, clip_eps, G: stabledrl_loss(log_ratio, A, 0.0, G), 5.0),
 }
 
 
@@ -485,14 +455,14 @@ LOSSES = {
 # any loss; the gradient's norm before clipping (§8) tells what the loss makes of them. And the noise itself, estimate
 # minus truth, is what only a toy can show: here it is measured, in nats, against the exact likelihood.
 
-
 def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
     """log_ratio (N,) -> dict of floats, all about the ratios before any clipping:
 
     ratio_max      the largest ρ̂ of the batch
     clip_fraction  the share of ρ̂ outside [1−ε, 1+ε]
     ess            (Σρ̂)² / Σρ̂² of a group, averaged over groups: G if all count alike, 1 if one has all the weight
-    noise_std      standard deviation of log ρ̂ − log ρ in nats; only if true_log_ratio (N,) is given
+    noise_mean, noise_std, noise_p999      log ρ̂ − log ρ in nats: mean, standard deviation, 99.9th percentile;
+                   only if true_log_ratio (N,) is given
     """
     log_ratio = log_ratio.double()
     ratio = log_ratio.clamp(max=700).exp()                            # beyond e^709 is ∞, and JSON has no ∞
@@ -503,7 +473,9 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
         "ess": (1 / share.square().sum(-1)).mean(),
     }
     if true_log_ratio is not None:
-        values["noise_std"] = (log_ratio - true_log_ratio).std(correction=0)
+        noise = log_ratio - true_log_ratio
+        values["noise_mean"], values["noise_std"] = noise.mean(), noise.std(correction=0)
+        values["noise_p999"] = noise.quantile(0.999)
     return dict(zip(values, torch.stack(list(values.values())).tolist()))
 
 
@@ -514,38 +486,31 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
 # paper's analysis). `config` is the flat dataclass of §9. Random streams are separate, and depend on the seed alone:
 # with one seed, all losses and estimators start from the same base and see the same prompts in the same order.
 
+UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
+              AttributeError, OverflowError)                          # what a damaged or hostile file may raise
 
 class TrainingFailed(Exception):
     """Training cannot go on. The message is one line for the user: what happened and where."""
-
 
 def run_folder(config):
     """Where a run keeps its log.jsonl and checkpoint.pt."""
     return Path(config.out) / f"{config.task}-{config.loss}-{config.estimator}-seed{config.seed}"
 
-
 class Rollouts(NamedTuple):
     """N = prompts × group_size completions, and all that stays fixed while μ updates learn from them."""
-
     prompts: torch.Tensor                                             # (N/G, P) long
     completions: torch.Tensor                                         # (N, L) long, group-major
     advantages: torch.Tensor                                          # (N,)
     reward: float                                                     # mean over the N
     masks: torch.Tensor                                               # (N, K, L) bool, those of old_log_prob
     old_log_prob: torch.Tensor                                        # (N,) L̂_old
-    old_truth: torch.Tensor | None                                    # (N,) exact, where the noise will be measured
-
+    old_truth: torch.Tensor | None                                    # (N,) exact, where the noise will be measured,
+    drift: float | None                                               # and KL(π_old ‖ π_base), from the same samples
 
 def stream(config, name, device):
     """A torch.Generator of its own for every purpose: one more draw of masks must not change what is sampled."""
     seed = np.random.SeedSequence([config.seed, *name.encode()]).generate_state(1)[0]
     return torch.Generator(device).manual_seed(int(seed))
-
-
-def to_tokens(task, texts, device):
-    """Strings of one length -> (N, length) long tensor on the device."""
-    return torch.from_numpy(encode(task, texts)).to(device)
-
 
 def new_model(task, config, device):
     """An untrained model, the same for the same seed; its forward wrapped as --bf16 and --compile ask."""
@@ -558,30 +523,20 @@ def new_model(task, config, device):
         model.forward = torch.compile(model.forward)
     return model.to(device)
 
-
 def answer(model, task, prompts, block_size, samples=1, **sampling):
     """Complete prompts (M str), each `samples` times -> tokens (M,P), completions (N,L), rewards (N,), texts (N)."""
     device = next(model.parameters()).device
-    tokens = to_tokens(task, prompts, device)
+    tokens = torch.tensor(encode(task, prompts), device=device)
     completions = generate(model, tokens, task.completion_len, block_size, samples=samples, **sampling)
     texts = decode(task, completions.tolist())
     rewards = torch.tensor([float(task.reward(prompts[i // samples], c)) for i, c in enumerate(texts)], device=device)
     return tokens, completions, rewards, texts
 
-
-def accuracy(model, task, block_size, n=500):
-    """Share of `n` held-out prompts, always the same, with full reward under greedy decoding, most confident first."""
+def accuracy(model, task, block_size, n=500, **decoding):
+    """Share of `n` held-out prompts, always the same, solved by greedy decoding, most confident first (§4)."""
     prompts, _ = task.sample(np.random.default_rng(0), n, "test")
-    rewards = answer(model, task, prompts, block_size, temperature=0.0, order="confidence")[2]
+    rewards = answer(model, task, prompts, block_size, temperature=0.0, order="confidence", **decoding)[2]
     return (rewards == 1).double().mean().item()
-
-
-def sampled_reward(model, task, config, n=2000):
-    """Mean reward of one sample for each of `n` training prompts: where the reward of a training curve starts."""
-    prompts, _ = task.sample(np.random.default_rng(0), n, "train")
-    generator = stream(config, "sampled_reward", next(model.parameters()).device)
-    return answer(model, task, prompts, config.block_size, generator=generator)[2].mean().item()
-
 
 def pretrain(task, config, device):
     """The base policy: maximise the ELBO of right answers, and stop at --base_accuracy, so that RL has work to do.
@@ -589,52 +544,54 @@ def pretrain(task, config, device):
     model = new_model(task, config, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.pretrain_lr, weight_decay=0.0)
     rng, generator = np.random.default_rng([config.seed, 0]), stream(config, "pretrain", device)
-    with tqdm(total=config.pretrain_updates, desc=f"pretrain seed {config.seed}", leave=False) as bar:
-        for update in range(config.pretrain_updates + 1):
-            if update % 10 == 0 or update == config.pretrain_updates:
-                reached = accuracy(model, task, config.block_size)
-                bar.set_postfix_str(f"accuracy {reached:.2f} of {config.base_accuracy:.2f}")
-                if reached >= config.base_accuracy:
-                    return model
-            prompts, answers = (to_tokens(task, texts, device) for texts in task.sample(rng, 256, "train"))
-            masks = sample_masks(256, 1, task.completion_len, config.block_size, generator)
-            loss = pretraining_loss(model, prompts, answers, masks, config.block_size)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bar.update()
+    for update in (bar := tqdm(range(config.pretrain_updates + 1), desc=f"pretrain seed {config.seed}", leave=False)):
+        if update % 10 == 0 or update == config.pretrain_updates:
+            reached = accuracy(model, task, config.block_size)
+            bar.set_postfix_str(f"accuracy {reached:.2f} of {config.base_accuracy:.2f}")
+            if reached >= config.base_accuracy:
+                return model
+        prompts, answers = (torch.tensor(encode(task, t), device=device) for t in task.sample(rng, 256, "train"))
+        masks = sample_masks(256, 1, task.completion_len, config.block_size, generator)
+        loss = -elbo(model, prompts, answers, masks, config.block_size).mean() / task.completion_len
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     raise TrainingFailed(f"it reached accuracy {reached:.2f}, not --base_accuracy {config.base_accuracy}, "
                          f"in {config.pretrain_updates} updates: raise --pretrain_updates, or ask for less")
 
-
 @torch.no_grad()
-def collect(model, task, config, rng, sample_stream, mask_stream, with_truth):
-    """Sample --prompts × --group_size completions, judge them, and estimate their log-probability -> Rollouts.
-    The streams are those of the prompts (rng), of the sampler and of the Monte-Carlo masks."""
+def collect(model, task, config, rng, sample_stream, mask_stream, reference=None):
+    """Sample --prompts × --group_size completions, judge them, estimate their log-probability -> Rollouts. The streams
+    are those of prompts (rng), sampler, masks. With a `reference` model, also the truth, and the drift from there."""
     texts, _ = task.sample(rng, config.prompts, "train")
     prompts, completions, rewards, _ = answer(model, task, texts, config.block_size, config.group_size,
                                               generator=sample_stream)
-    hidden = sample_masks(len(completions), config.mc, task.completion_len, config.block_size, mask_stream)
+    B, truth = config.block_size, None
+    hidden = MASKS[config.masks][0](len(completions), config.mc, task.completion_len, B, mask_stream)
+    if reference is not None:
+        truth, before = (exact_log_likelihood(m, prompts, completions, B) for m in (model, reference))
     return Rollouts(
         prompts=prompts, completions=completions, reward=rewards.mean().item(), masks=hidden,
         advantages=group_advantages(rewards, config.group_size),
-        old_log_prob=ESTIMATORS[config.estimator](model, prompts, completions, hidden, config.block_size),
-        old_truth=exact_log_likelihood(model, prompts, completions, config.block_size) if with_truth else None,
+        old_log_prob=ESTIMATORS[config.estimator](model, prompts, completions, hidden, B),
+        old_truth=truth, drift=None if truth is None else (truth - before).mean().item(),
     )
 
-
 def policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise=False):
-    """One optimiser step on one batch of rollouts -> dict: the diagnostics of §7, and grad_norm before clipping.
-    measure_noise needs old_truth. FloatingPointError, before the step, where a number is not finite."""
+    """One optimiser step on one batch of rollouts -> dict: reward, drift, the diagnostics of §7, and grad_norm before
+    clipping. measure_noise needs old_truth. FloatingPointError, before the step, where a number is not finite."""
     prompts, completions, B = rollouts.prompts, rollouts.completions, config.block_size
-    hidden = rollouts.masks if config.masks == "shared" else sample_masks(*rollouts.masks.shape, B, mask_stream)
+    draw, again = MASKS[config.masks]
+    hidden = rollouts.masks if again else draw(*rollouts.masks.shape, B, mask_stream)
     log_prob = ESTIMATORS[config.estimator](model, prompts, completions, hidden, B)              # (N,) L̂_θ
-    log_ratio = log_prob - rollouts.old_log_prob
-    truth = None
+    tokens = completions.shape[1] if config.per_token else 1
+    log_ratio, truth = (log_prob - rollouts.old_log_prob) / tokens, None
+    if config.spikes:                                                 # the paper's stress test: exploding weights
+        lots = torch.rand(len(log_ratio), generator=mask_stream, device=log_ratio.device)
+        log_ratio = log_ratio + math.log(1e5) * (lots < config.spikes)
     if measure_noise:
-        with torch.no_grad():
-            truth = exact_log_likelihood(model, prompts, completions, B) - rollouts.old_truth    # (N,) log ρ
-
+        with torch.no_grad():                                                                    # (N,) log ρ
+            truth = (exact_log_likelihood(model, prompts, completions, B) - rollouts.old_truth) / tokens
     loss = LOSSES[config.loss][0](log_ratio, rollouts.advantages, config.clip_eps, config.group_size)
     optimizer.zero_grad()
     loss.backward()
@@ -644,54 +601,54 @@ def policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise
         text = "".join(decode(TASKS[config.task], [prompts[worst // config.group_size], completions[worst]]))
         raise FloatingPointError(f"the loss is {loss:.4g}, the gradient's norm {grad_norm:.4g}, and the log-ratio of "
                                  f"sample {worst}, {text!r}, {log_ratio[worst]:.4g}")
-    values = {"grad_norm": grad_norm.item()} | ratio_diagnostics(log_ratio, config.clip_eps, config.group_size, truth)
     optimizer.step()
-    return values
-
+    return {"reward": rollouts.reward, "drift": rollouts.drift, "grad_norm": grad_norm.item(),
+            **ratio_diagnostics(log_ratio, config.clip_eps, config.group_size, truth)}
 
 def log_row(update, recent, accuracy_now, seconds):
     """One line of the log, from the values of all updates since the line before (`recent`, a list of dicts): means of
-    reward, grad_norm, ess and clip_fraction, the maximum of ratio_max; noise_std is that of the last update."""
-    mean = {name: sum(values[name] for values in recent) / len(recent) for name in recent[0]}
-    return {"update": update, "reward": mean["reward"], "accuracy": accuracy_now,
-            "ratio_max": max(values["ratio_max"] for values in recent), "grad_norm": mean["grad_norm"],
-            "ess": mean["ess"], "clip_fraction": mean["clip_fraction"], "noise_std": recent[-1].get("noise_std"),
-            "seconds": round(seconds, 2)}
-
+    reward, grad_norm, ess and clip_fraction, the maximum of ratio_max; noise and drift are those of the last update."""
+    mean = {name: float(np.mean([v[name] for v in recent])) for name in ("reward", "grad_norm", "ess", "clip_fraction")}
+    last = {name: recent[-1].get(name) for name in ("noise_mean", "noise_std", "noise_p999", "drift")}
+    return {"update": update, "accuracy": accuracy_now, "ratio_max": max(v["ratio_max"] for v in recent),
+            **mean, **last, "seconds": round(seconds, 2)}
 
 class Run:
-    """A training run between two updates: everything that a checkpoint must hold. It starts from the policy `base` (a
-    state dict), or from the checkpoint in its folder, where there is one (`problem` and `train` see to it that this is
-    wanted). ValueError, one line, if that cannot be used."""
-
+    """A training run between two updates: all that a checkpoint must hold. Starts from the policy `base` (state dict),
+    or from the checkpoint in its folder, if there is one. ValueError, one line, if that cannot be used."""
     def __init__(self, task, config, device, base=None):
         self.path, self.config = run_folder(config) / "checkpoint.pt", config
-        self.settings = {name: value for name, value in vars(config).items() if name not in ("out", "resume")}
-        self.model = new_model(task, config, device)
+        self.settings = {name: value for name, value in vars(config).items() if name not in ("out", "resume", "jobs")}
+        self.model, self.reference = new_model(task, config, device), new_model(task, config, device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.rng = np.random.default_rng([config.seed, 1])
         self.streams = {name: stream(config, name, device) for name in ("samples", "masks")}
-        self.base, self.rollouts, self.recent, self.rows, self.update, self.seconds = base, None, [], [], 0, 0.0
+        self.rollouts, self.recent, self.rows, self.update, self.seconds = None, [], [], 0, 0.0
         if not os.path.lexists(self.path):
             self.model.load_state_dict(base)
+            self.reference.load_state_dict(base)
             return
         try:                                                          # weights_only: a hostile file runs no code
             self.restore(torch.load(self.path, map_location=device, weights_only=True))
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
-                AttributeError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{self.path} cannot be resumed: {' '.join(repr(error).split())[:400]}") from None
 
     def save(self):
-        """Write the checkpoint under another name, all the way to the disk, then rename it: a crash leaves the last."""
-        with open(self.path.with_suffix(".tmp"), "wb") as file:
-            torch.save({
-                "config": self.settings, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "rng": self.rng.bit_generator.state, "rollouts": self.rollouts and self.rollouts._asdict(),
-                "streams": [stream.get_state() for stream in self.streams.values()],
-                **{name: vars(self)[name] for name in ("base", "recent", "rows", "update", "seconds")}}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, self.path)
+        """Write checkpoint and log, each to another name, all the way to the disk, then rename: a crash leaves the last
+        good one. `train` begins with a save, which brings the two together again."""
+        state = {
+            "config": self.settings, "base": self.reference.state_dict(), "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "rollouts": self.rollouts and self.rollouts._asdict(),
+            "rng": self.rng.bit_generator.state, "streams": [stream.get_state() for stream in self.streams.values()],
+            **{name: vars(self)[name] for name in ("recent", "rows", "update", "seconds")}}
+        log = "".join(json.dumps(line) + "\n" for line in (self.settings, *self.rows)).encode()
+        for path, write in ((self.path, lambda file: torch.save(state, file)),
+                            (self.path.with_name("log.jsonl"), lambda file: file.write(log))):
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, path)
 
     def restore(self, saved):
         """Take up what `save` wrote. Only --updates may be another than then, if it is not fewer than are done."""
@@ -699,14 +656,14 @@ class Run:
         changed = [name for name, now in self.settings.items() if was.get(name) != now]
         if changed:
             raise ValueError("; ".join(f"--{name} was {was.get(name)}, now {self.settings[name]}" for name in changed))
-        self.model.load_state_dict(saved["base"])                     # is it one?
+        self.reference.load_state_dict(saved["base"])
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.bit_generator.state = saved["rng"]
         for stream, state in zip(self.streams.values(), saved["streams"], strict=True):
             stream.set_state(state.cpu())
         self.rollouts = saved["rollouts"] and Rollouts(**saved["rollouts"])
-        self.base, self.recent, self.rows = saved["base"], list(saved["recent"]), list(saved["rows"])
+        self.recent, self.rows = list(saved["recent"]), list(saved["rows"])
         self.update, self.seconds = int(saved["update"]), float(saved["seconds"])
         if len(self.rows) != self.update // self.config.log_every or not 0 <= self.update <= self.config.updates:
             raise ValueError(f"{self.update} updates and {len(self.rows)} rows of the log are done; --updates asks for "
@@ -718,29 +675,24 @@ class Run:
         c, batch_end = self.config, -(-self.update // self.config.mu) * self.config.mu
         measure = batch_end % c.log_every == 0 and c.block_size <= MAX_EXACT_BLOCK   # at a log line; needs θ_old, now
         if self.update % c.mu == 1 or c.mu == 1:                      # θ_old = θ
-            self.rollouts = collect(self.model, task, c, self.rng, *self.streams.values(), with_truth=measure)
-        values = policy_update(self.model, self.optimizer, self.rollouts, c, self.streams["masks"],
-                               measure_noise=measure and self.update == batch_end)
-        self.recent.append({"reward": self.rollouts.reward, **values})
-
+            self.rollouts = collect(self.model, task, c, self.rng, *self.streams.values(),
+                                    reference=self.reference if measure else None)
+        self.recent.append(policy_update(self.model, self.optimizer, self.rollouts, c, self.streams["masks"],
+                                         measure_noise=measure and self.update == batch_end))
 
 def train(base, task, config, device):
-    """Train a copy of the policy `base` (a state dict) by RL -> (model, rows of the log). Writes <run>/log.jsonl, a
-    config line and then a row every --log_every updates, and <run>/checkpoint.pt with each row; with config.resume,
-    goes on from there. TrainingFailed, naming update, sample and checkpoint, where a number is not finite; Ctrl-C ends
-    it after the update in progress, with a checkpoint."""
+    """Train a copy of the policy `base` (a state dict) by RL -> (model, rows of the log). Writes log.jsonl and
+    checkpoint.pt every --log_every updates; with config.resume, goes on from there. TrainingFailed where a number is
+    not finite. Ctrl-C ends it after the update in progress, with a checkpoint."""
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=config.resume)                # FileExistsError: never write over another run
-    run, path, stop = Run(task, config, device, base), folder / "log.jsonl", []
+    run, stop = Run(task, config, device, base), []
     start = time.perf_counter() - run.seconds
-    run.save()                                                        # first, so that no log is without a checkpoint
-    path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in (run.settings, *run.rows)))
-    os.replace(path.with_suffix(".tmp"), path)                        # a kill may leave a row whose checkpoint is lost
-    with open(path, "a") as log, contextlib.ExitStack() as at_end, tqdm(
+    run.save()
+    with contextlib.ExitStack() as at_end, tqdm(
             total=config.updates, initial=run.update, desc=folder.name, leave=False) as bar:
         if threading.current_thread() is threading.main_thread():     # Ctrl-C must not fall into the midst of an update
-            before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-            at_end.callback(signal.signal, signal.SIGINT, before)
+            at_end.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, lambda *_: stop.append(True)))
         while run.update < config.updates:
             try:
                 run.step(task)
@@ -754,8 +706,6 @@ def train(base, task, config, device):
             if log_now:
                 run.rows.append(log_row(run.update, run.recent, reached, run.seconds))
                 run.recent = []
-                log.write(json.dumps(run.rows[-1]) + "\n")
-                log.flush()
                 bar.set_postfix({name: f"{run.rows[-1][name]:.2g}" for name in ("reward", "accuracy", "ratio_max")})
             if log_now or stop:
                 run.save()
@@ -766,79 +716,78 @@ def train(base, task, config, device):
 
 # ==== §9  Command line ================================================================================================
 # What it teaches: every number that the reader may change, once. `Config` becomes the flags, and a log's first line.
+# Most flags take several values: all combinations are run, side by side on the cores that there are.
 
 HEADLINE = (("grpo", "elbo"), ("grpo", "exact"), ("stabledrl", "elbo"))  # (loss, estimator) of the main job
+BASE = "task seed block_size d_model n_layer n_head base_accuracy pretrain_lr pretrain_updates device bf16".split()
 
-
-def flag(default, text, choices=None):
-    """A field of Config with its help text."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
-
+def flag(default, text, choices=None, several=True, low=None):
+    """A field of Config: its help text, whether it may take several values, and the least that is allowed."""
+    return dataclasses.field(default=default, metadata=dict(text=text, choices=choices, several=several, low=low))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of one run. On the command line --loss, --estimator and --seed may take several values."""
-
+    """The settings of one run; a task's own `defaults` come before these. Runs that agree in BASE share a base."""
     task: str = flag("addition", "what to learn", TASKS)
-    loss: str = flag(None, "objective(s), §6; with --estimator alone: stabledrl", LOSSES)
-    estimator: str = flag(None, "estimator(s) of log π, §3 and §5; with --loss alone: elbo", ESTIMATORS)
-    masks: str = flag("independent", "the Monte-Carlo masks of L̂_old and L̂_θ", ("independent", "shared"))
-    mc: int = flag(1, "K, noisy copies behind one Monte-Carlo estimate")
-    clip_eps: float = flag(None, "ε; default 0.2 for grpo, 5 for stabledrl")
-    seed: int = flag(0, "random seed(s); every seed has a base policy of its own")
-    updates: int = flag(1200, "optimiser steps of RL")
+    loss: str = flag(None, "objective, §6; with --estimator alone: stabledrl", LOSSES)
+    estimator: str = flag(None, "estimator of log π, §3 and §5; with --loss alone: elbo", ESTIMATORS)
+    masks: str = flag("independent", "how the Monte-Carlo masks of L̂_old and L̂_θ are drawn, §3", MASKS)
+    mc: int = flag(1, "K, noisy copies behind one Monte-Carlo estimate", low=1)
+    per_token: bool = flag(False, "divide log-ratios by the completion's length")
+    clip_eps: float = flag(None, "ε; default 0.2 for grpo, 5 for the others (of which two only count by it)", low=0)
+    spikes: float = flag(0.0, "stress test: the share of log-ratios that are raised by log 1e5, at random")
+    seed: int = flag(0, "random seed; every seed has a base policy of its own", low=0)
+    updates: int = flag(1200, "optimiser steps of RL", low=1)
     lr: float = flag(1e-4, "learning rate of RL")
-    prompts: int = flag(32, "prompts per batch of rollouts")
-    group_size: int = flag(8, "G, completions per prompt")
-    mu: int = flag(2, "μ, updates per batch of rollouts")
-    max_grad_norm: float = flag(1.0, "clip the gradient's norm to this; 0 = never")
-    block_size: int = flag(None, "B, tokens denoised together; default: the task's own")
-    d_model: int = flag(64, "width of the transformer")
-    n_layer: int = flag(2, "layers of the transformer")
-    n_head: int = flag(4, "attention heads per layer")
+    prompts: int = flag(32, "prompts per batch of rollouts", low=1)
+    group_size: int = flag(8, "G, completions per prompt", low=2)
+    mu: int = flag(2, "μ, updates per batch of rollouts", low=1)
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm to this; 0 = never", low=0)
+    block_size: int = flag(None, "B, tokens denoised together; default: the task's own", low=1)
+    d_model: int = flag(64, "width of the transformer", low=1)
+    n_layer: int = flag(2, "layers of the transformer", low=1)
+    n_head: int = flag(4, "attention heads per layer", low=1)
     base_accuracy: float = flag(0.4, "pretraining stops at this greedy held-out accuracy")
     pretrain_lr: float = flag(1e-3, "learning rate of pretraining")
-    pretrain_updates: int = flag(2000, "pretraining fails if it needs more updates than this")
-    log_every: int = flag(20, "updates per line of the log, a multiple of μ")
-    device: str = flag("auto", "auto takes cuda where there is one", ("auto", "cpu", "cuda"))
+    pretrain_updates: int = flag(2000, "pretraining fails if it needs more updates than this", low=0)
+    log_every: int = flag(20, "updates per line of the log, a multiple of μ", low=1)
+    device: str = flag("auto", "auto takes cuda where there is one", ("auto", "cpu", "cuda"), several=False)
     bf16: bool = flag(False, "matrix products in bfloat16; likelihoods and losses stay float32")
     compile: bool = flag(False, "torch.compile the model: may pay on a GPU, never at toy size on a CPU")
     resume: bool = flag(False, "go on with the runs whose folders exist, from their checkpoints")
-    out: str = flag("runs", "folder of the run folders, and of the figure of --plot")
-
+    jobs: int = flag(0, "runs at a time; 0 = one for every thread of torch, or one on a GPU", several=False, low=0)
+    out: str = flag("runs", "folder of the run folders, of results.jsonl, and of the figure of --plot", several=False)
 
 def problem(config):
     """What is wrong with a Config, in one line that says what would be right, or None."""
     c, task, folder = config, TASKS[config.task], run_folder(config)
-    sizes = "mc prompts mu block_size d_model n_layer n_head log_every".split()
-    bounds = dict.fromkeys(sizes, (1, 2**20)) | {"group_size": (2, 2**20), "updates": (1, 2**32)}
-    bounds |= dict.fromkeys(("clip_eps", "max_grad_norm", "pretrain_updates", "seed"), (0, 2**32))
-    for name, (low, high) in bounds.items():
-        if not low <= getattr(c, name) < high:                        # NaN and infinity fail this as well
-            return f"--{name} must be at least {low} and below 2^{high.bit_length() - 1} (got {getattr(c, name)})"
+    for field in dataclasses.fields(Config):
+        low, value = field.metadata["low"], getattr(c, field.name)
+        if low is not None and not low <= value < 2**32:              # NaN and infinity fail this as well
+            return f"--{field.name} must be at least {low} and below 2^32 (got {value})"
     copies = max(c.mc, 2**c.block_size - 1 if c.block_size <= MAX_EXACT_BLOCK else 1)
     tokens = c.prompts * c.group_size * (task.prompt_len + (1 + copies) * task.completion_len)
     rules = (
-        (0 < c.lr <= 1 and 0 < c.pretrain_lr <= 1,
-         f"--lr and --pretrain_lr must be positive and at most 1 (got {c.lr} and {c.pretrain_lr})"),
+        (0 < c.lr <= 1 and 0 < c.pretrain_lr <= 1, "--lr and --pretrain_lr must be positive and at most 1"),
         (tokens <= 2**24 and 12 * c.d_model**2 * c.n_layer <= 2**32, "this needs too much memory: --prompts × "
          "--group_size × tokens and copies is at most 2^24, and 12 × --d_model² × --n_layer at most 2^32"),
         (c.out.strip(), "--out must name a folder"),
-        (0 <= c.base_accuracy <= 1, f"--base_accuracy must be from 0 to 1 (got {c.base_accuracy})"),
+        (0 <= c.base_accuracy <= 1 and 0 <= c.spikes <= 1, "--base_accuracy and --spikes must be from 0 to 1"),
+        (c.masks != "coupled" or c.mc % 2 == 0, f"--masks coupled needs pairs: an even --mc (got {c.mc})"),
         (c.d_model % (2 * c.n_head) == 0, f"--d_model must be a multiple of 2·--n_head (got {c.d_model}, {c.n_head})"),
         (task.prompt_len % c.block_size == task.completion_len % c.block_size == 0, "--block_size must divide both "
          f"lengths of {task.name}, {task.prompt_len} and {task.completion_len} (got {c.block_size})"),
         (c.block_size <= MAX_EXACT_BLOCK or "exact" not in c.estimator, f"--estimator {c.estimator} needs 2^B - 1 "
          f"noisy copies: --block_size at most {MAX_EXACT_BLOCK} (got {c.block_size})"),
-        (c.log_every % c.mu == 0, f"--log_every must be a multiple of --mu (got {c.log_every}, {c.mu})"),
-        (c.updates % c.log_every == 0, f"--updates must be a multiple of --log_every (got {c.updates}, {c.log_every})"),
+        (c.updates % c.log_every == c.log_every % c.mu == 0, f"--updates must be a multiple of --log_every, and "
+         f"--log_every one of --mu (got {c.updates}, {c.log_every}, {c.mu})"),
         (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no CUDA device; use --device cpu"),
+        (c.jobs < 2 or (sys.platform == "linux" and c.device == "cpu"), "--jobs above 1 needs Linux and --device cpu"),
         (c.resume or not os.path.lexists(folder), f"{folder} already exists: --resume it, or choose another --out"),
         (os.path.lexists(folder / "checkpoint.pt") or not os.path.lexists(folder / "log.jsonl"),
          f"{folder} has a log, but no checkpoint.pt to resume from: move it away, or choose another --out"),
     )
     return next((message for holds, message in rules if not holds), None)
-
 
 def parse(argv=None):
     """Command line -> list of Config, one per run (seeds outermost), all checked. Exits with status 2 on bad input."""
@@ -847,144 +796,194 @@ def parse(argv=None):
     parser.error = lambda message: parser.exit(2, f"stabledrl.py: error: {' '.join(message.split())}\n")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="only draw the logs of run folders, to OUT/plot.svg")
     for field in dataclasses.fields(Config):
+        meta = field.metadata
         kind = {"action": "store_true"} if field.type is bool else {
-            "type": field.type, "choices": field.metadata["choices"],
-            "nargs": "+" if field.name in ("loss", "estimator", "seed") else None}
-        parser.add_argument(
-            f"--{field.name}", default=field.default, **kind,
-            help=field.metadata["help"] + ("" if field.default in (None, False) else f" (default {field.default})"))
-    flags = vars(parser.parse_args(argv))
-    folders, out = flags.pop("plot"), Path(flags["out"])
+            "type": field.type, "choices": meta["choices"], "nargs": "+" if meta["several"] else None}
+        text = meta["text"] + ("" if field.default in (None, False) else f" (default {field.default})")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    folders, out = given.pop("plot"), given.pop("out", Config.out)
     if folders:
         try:
-            plot(folders, out)
+            plot(folders, Path(out))
             parser.exit()
-        except ImportError as error:
-            parser.error(f"--plot: {error}; pip install matplotlib")
-        except (OSError, ValueError) as error:
-            parser.error(f"--plot: {error}")
-    losses, estimators, seeds = flags.pop("loss"), flags.pop("estimator"), flags.pop("seed")
-    policies = list(itertools.product(losses or ["stabledrl"], estimators or ["elbo"]))
-    policies = policies if losses or estimators else HEADLINE
-    if flags["device"] == "auto":
-        flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if flags["block_size"] is None:
-        flags["block_size"] = TASKS[flags["task"]].block_size
+        except (OSError, ValueError, ImportError) as error:
+            parser.error(f"--plot: {error}{'; pip install matplotlib' * isinstance(error, ImportError)}")
+    policies = list(itertools.product(given.pop("loss", ["stabledrl"]), given.pop("estimator", ["elbo"]))) \
+        if given.keys() & {"loss", "estimator"} else HEADLINE
+    cuda = given.setdefault("device", "auto") == "auto" and torch.cuda.is_available()
+    given["device"] = "cuda" if cuda else given["device"].replace("auto", "cpu")
+    grid = {name: values if isinstance(values, list) else [values] for name, values in {"seed": 0, **given}.items()}
     configs = []
-    for seed, (loss, estimator) in itertools.product(np.atleast_1d(seeds).tolist(), policies):
-        clip_eps = LOSSES[loss][1] if flags["clip_eps"] is None else flags["clip_eps"]
-        configs.append(Config(**{**flags, "loss": loss, "estimator": estimator, "seed": seed, "clip_eps": clip_eps}))
+    for values, (loss, estimator) in itertools.product(itertools.product(*grid.values()), policies):
+        setting = dict(zip(grid, values))
+        task = TASKS[setting.get("task", Config.task)]
+        varied = [f"{name}{setting[name]}" for name in grid if len(grid[name]) > 1 and name not in ("task", "seed")]
+        configs.append(Config(**{
+            "block_size": task.block_size, "clip_eps": LOSSES[loss][1], **task.defaults, **setting, "loss": loss,
+            "estimator": estimator, "out": out and str(Path(out, "-".join(varied)))}))
         if wrong := problem(configs[-1]):
             parser.error(wrong)
         if os.path.lexists(run_folder(configs[-1]) / "checkpoint.pt"):
             try:
-                Run(TASKS[flags["task"]], configs[-1], flags["device"])
+                Run(task, configs[-1], configs[-1].device)
             except ValueError as error:
                 parser.error(f"--resume: {error}")
     if len(set(configs)) < len(configs):
-        parser.error("--loss, --estimator and --seed: every value once, please")
+        parser.error("a flag names a value twice: every value once, please")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()                       # can a file be written there?
+        Path(out).mkdir(parents=True, exist_ok=True)
+        open(Path(out, "results.jsonl"), "a").close()                 # can a file be written there?
     except OSError as error:
         parser.error(f"--out: {error}")
     return configs
 
+def parallel(function, calls, jobs):
+    """[function(*call) for call in calls], plainly, or `jobs` at a time, each in a forked process with its share of the
+    threads. A str stands for the result of a process that died. Ctrl-C is passed on."""
+    if jobs == 1:
+        return [function(*call) for call in calls]
+    fork, threads = multiprocessing.get_context("fork"), max(1, torch.get_num_threads() // jobs)
+
+    def work(pipe, slot, call):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)                  # only `train` has something to save
+        threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+        torch.set_num_threads(threads)
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, position=slot)
+        with contextlib.suppress(KeyboardInterrupt):
+            pipe.send_bytes(pickle.dumps(function(*call)))
+
+    results, running, waiting = [None] * len(calls), {}, list(range(len(calls)))[::-1]
+    with tqdm(total=len(calls), desc="all", position=jobs, leave=False) as bar, contextlib.ExitStack() as at_end:
+        at_end.callback(lambda: [(os.kill(p.pid, signal.SIGINT), p.join()) for _, p in running.values()])
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                i, (receive, send) = waiting.pop(), fork.Pipe(duplex=False)
+                running[receive] = i, fork.Process(target=work, args=(send, i % jobs, calls[i]))
+                running[receive][1].start()
+                send.close()                                          # so that the child's end is the only one
+            for pipe in multiprocessing.connection.wait(running):
+                i, process = running.pop(pipe)
+                try:
+                    results[i] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    results[i] = f"{function.__name__}: a process ended before it was done"
+                process.join()
+                bar.update()
+    return results
+
+def labels(runs):
+    """What tells runs (dicts of their settings) apart, seeds aside -> a str for each, for tables and figures."""
+    kinds = [(run["task"], run["loss"], run["estimator"]) for run in runs]
+    names = [field.name for field in dataclasses.fields(Config) if field.name not in ("seed", "out", "resume", "jobs")]
+    varied = [name for name in names[3:] if len({(k, run[name]) for k, run in zip(kinds, runs)}) > len(set(kinds))]
+    first = 0 if len({task for task, *_ in kinds}) > 1 else 1
+    return [" / ".join((*k[first:], *(f"{name} {run[name]}" for name in varied))) for k, run in zip(kinds, runs)]
+
+def summary(config, base_reward, rows):
+    """A run in one flat dict: its settings, then what the tables need. It becomes a line of results.jsonl."""
+    reward, noise = ([row[name] for row in rows if row[name] is not None] for name in ("reward", "noise_std"))
+    return {name: value for name, value in vars(config).items() if name not in ("out", "resume", "jobs")} | {
+        "base reward": base_reward, "last 100 updates": float(np.mean(reward[-max(1, 100 // config.log_every) :])),
+        "accuracy": rows[-1]["accuracy"], "largest ratio": max(row["ratio_max"] for row in rows),
+        "noise (nats)": float(np.mean(noise)) if noise else 0.0, "seconds": rows[-1]["seconds"]}
 
 def report(results):
-    """[(config, base reward, log rows), ..] of all runs -> table and verdict, as lines. Every word is computed."""
-    columns = ("base reward", "last 100 updates", "rise at the end", "accuracy", "largest ratio", "noise (nats)")
-    table, gain, words = {}, {}, []
-    for config, base, rows in results:
-        reward, noise = (np.array([row[name] for row in rows], dtype=float) for name in ("reward", "noise_std"))
-        quarter, hundred = max(1, len(rows) // 4), max(1, 100 // config.log_every)
-        table.setdefault(f"{config.loss} / {config.estimator}", []).append((
-            base, reward[-hundred:].mean(),
-            reward[-quarter:].mean() - reward[-2 * quarter :][:quarter].mean(),      # last quarter minus the one before
-            rows[-1]["accuracy"], max(row["ratio_max"] for row in rows), noise.mean()))
-    lines = ["".join(f"{title:>18}" for title in ("policy", *columns))]
-    for policy, runs in table.items():
+    """Results of runs (`summary`) -> table over their seeds and verdict, as lines. Every word is computed."""
+    columns = ("base reward", "last 100 updates", "accuracy", "largest ratio", "noise (nats)")
+    names, gain, words = labels(results), {}, []
+    width = max([18, *(len(name) + 2 for name in names)])
+    lines = [f"{'policy':>{width}}" + "".join(f"{title:>18}" for title in columns)]
+    for name in dict.fromkeys(names):
+        runs = np.array([[run[column] for column in columns] for run, own in zip(results, names) if own == name])
         several = len(runs) > 1
-        means, stds = np.mean(runs, axis=0), np.std(runs, axis=0, ddof=int(several))
+        means, stds = runs.mean(0), runs.std(0, ddof=int(several))
         cells = [f"{m:.0e}" if m > 1e3 else f"{m:.3f}" + f" ± {s:.3f}" * several for m, s in zip(means, stds)]
-        lines.append("".join(f"{cell:>18}" for cell in (policy, *cells)))
-        times = gain[policy] = means[1] / max(means[0], 1e-9)
-        outcome = ("collapsed" if times < 0.5 else "lost ground" if times < 0.9 else "gained nothing" if times < 1.1
-                   else "learned, and was still rising" if means[2] > 0.01 else "learned")
-        low = f"; {sum(run[1] < run[0] / 2 for run in runs)} of {len(runs)} seeds below half of it" * several
-        words.append(f"{policy} {outcome}: reward {means[0]:.3f} -> {means[1]:.3f}, {times:.2f} times the base{low}.")
+        lines.append("".join([f"{name:>{width}}", *(f"{cell:>18}" for cell in cells)]))
+        each, gain[name] = runs[:, 1] / np.maximum(runs[:, 0], 1e-9), means[1] / max(means[0], 1e-9)
+        words.append(f"{name}: {gain[name]:.2f} times the base" + f" ({', '.join(f'{x:.2f}' for x in each)})" * several)
     if {"grpo / elbo", "grpo / exact"} <= set(gain):
         shown = "So noise" if gain["grpo / elbo"] < 0.9 and gain["grpo / exact"] > 1.1 else "It is not shown that noise"
         words.append(f"{shown} is the cause: compare GRPO on the estimated ratio and on the exact one.")
     return [*lines, "", *words]
 
-
 def plot(folders, out):
     """Draw the logs of run folders to out/plot.svg: a line per setting, the mean over its seeds, in a band of one
     standard deviation. ValueError for a folder without a readable log."""
     import matplotlib.pyplot as plt
-    panels = {"update": "", "reward": "mean reward", "ratio_max": "largest ratio, log10",
-              "grad_norm": "gradient norm, log10", "noise_std": "noise, nats"}
-    policies, paths = {}, {Path(folder).resolve(): None for folder in folders}
-    for path in paths:
+    panels = {"reward": "reward", "ratio_max": "largest ratio, log10", "grad_norm": "gradient norm, log10",
+              "noise_std": "noise, nats"}
+    configs, logs = [], []
+    for path in {Path(folder).resolve(): None for folder in folders}:
         try:
             config, *rows = [json.loads(line) for line in open(path / "log.jsonl")]
-            values = np.array([[row[name] for name in panels] for row in rows], dtype=float)
-            key = (config["loss"], config["estimator"], config["task"], os.path.relpath(path.parent))
-            if rows:                                                  # a run that has just begun has none
-                policies.setdefault(key, []).append(values)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            labels([config])
+            log = np.array([[row[name] for name in ("update", *panels)] for row in rows], dtype=float).reshape(-1, 5)
+        except UNREADABLE as error:
             raise ValueError(f"{path} holds no readable log.jsonl of a run ({error!r})") from None
+        log[:, 2:4] = np.log10(np.maximum(log[:, 2:4], 1e-9))
+        configs, logs = [*configs, config], [*logs, log]
+    names, styles = labels(configs), itertools.product(("-", "--"), "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 k".split())
     plt.rcParams["svg.hashsalt"] = "stabledrl"                        # the same logs give the same file
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
-    styles = itertools.cycle([("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#CC79A7", ":")])
-    for (key, seeds), (colour, style) in zip(policies.items(), styles):
-        name = " / ".join(part for i, part in enumerate(key) if i < 2 or len({key[i] for key in policies}) > 1)
-        values = np.array([rows[: min(map(len, seeds))] for rows in seeds])     # (seeds, length of the shortest, 5)
-        values[:, :, 2:4] = np.log10(np.maximum(values[:, :, 2:4], 1e-9))
-        x, mean, std = values[0, :, 0], values.mean(0), values.std(0, ddof=len(seeds) > 1)
-        for i, (axis, title) in enumerate(zip(axes, list(panels.values())[1:]), start=1):
-            axis.plot(x, mean[:, i], style, color=colour, label=name)
-            axis.fill_between(x, mean[:, i] - std[:, i], mean[:, i] + std[:, i], color=colour, alpha=0.2, linewidth=0)
+    for name, (style, colour) in zip(dict.fromkeys(names), itertools.cycle(styles)):
+        seeds = [log for log, own in zip(logs, names) if own == name]
+        seeds = np.array([log[: min(map(len, seeds))] for log in seeds])        # (seeds, length of the shortest, 5)
+        mean, std = seeds.mean(0).T, seeds.std(0, ddof=int(len(seeds) > 1)).T
+        for axis, title, y, band in zip(axes, panels.values(), mean[1:], std[1:]):
+            axis.plot(mean[0], y, style, color=colour, label=name)
+            axis.fill_between(mean[0], y - band, y + band, color=colour, alpha=0.2, linewidth=0)
             axis.set(title=title, xlabel="update")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, fontsize="small")
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "plot.svg", metadata={"Date": None})
 
+def pretrained(configs):
+    """The base of runs that share it, kept by a checkpoint or new -> (state dict, its reward); or a str, why not."""
+    config, task = configs[0], TASKS[configs[0].task]
+    begun = next((Run(task, c, c.device) for c in configs if (run_folder(c) / "checkpoint.pt").exists()), None)
+    try:
+        base = begun.reference if begun else pretrain(task, config, config.device)
+    except (TrainingFailed, FloatingPointError) as error:
+        return f"pretraining, {task.name}, seed {config.seed}: {error}"
+    prompts, _ = task.sample(np.random.default_rng(0), 2000, "train")           # the reward where training curves start
+    lots = stream(config, "base reward", config.device)
+    reward = answer(base, task, prompts, config.block_size, generator=lots)[2].mean().item()
+    print(f"base policy, {task.name}, seed {config.seed}: mean reward {reward:.3f} sampled, "
+          f"accuracy {accuracy(base, task, config.block_size):.3f} greedy on held-out prompts", flush=True)
+    return base.state_dict(), reward
+
+def trained(config, base, base_reward):
+    """Train one policy -> (its summary, five answers as lines); or a str, why it could not be trained to its end."""
+    task, folder = TASKS[config.task], run_folder(config)
+    try:
+        model, rows = train(base, task, config, config.device)
+    except (TrainingFailed, OSError) as error:
+        return str(error) if isinstance(error, TrainingFailed) else f"{folder}: {error}; see --resume"
+    print(f"{folder}: {config.updates} updates in {rows[-1]['seconds']:.0f} s", flush=True)
+    prompts, _ = task.sample(np.random.default_rng(0), 5, "test")
+    texts = answer(model, task, prompts, config.block_size, temperature=0.0, order="confidence")[3]
+    return summary(config, base_reward, rows), ["", f"{folder.name}, answers to held-out prompts:", *(
+        f"  {p}{c}  {task.explain(p, c)}" for p, c in zip(prompts, texts))]
 
 def main(argv=None):
-    """Run what the command line asks for: one base per seed, every policy from it, then table, verdict and answers.
-    TrainingFailed at the end if a policy could not be trained to its end."""
-    configs = parse(argv)
-    task, device = TASKS[configs[0].task], torch.device(configs[0].device)
-    results, answers, failures = [], [], []
-    for seed, group in itertools.groupby(configs, key=lambda config: config.seed):
-        config, *_ = group = list(group)
-        bases = [Run(task, c, device).base for c in group if (run_folder(c) / "checkpoint.pt").exists()]
-        try:
-            base = new_model(task, config, device) if bases else pretrain(task, config, device)
-        except (TrainingFailed, FloatingPointError) as error:         # the other seeds still have their turn
-            failures.append(f"pretraining, seed {seed}: {error}")
-            continue
-        base.load_state_dict(bases[0] if bases else base.state_dict())          # resumed runs have kept theirs
-        reward = sampled_reward(base, task, config)
-        print(f"base policy, seed {seed}: mean reward {reward:.3f} sampled, "
-              f"accuracy {accuracy(base, task, config.block_size):.3f} greedy on held-out prompts", flush=True)
-        for config in group:
-            name = f"{config.loss} / {config.estimator}, seed {seed}"
-            try:
-                model, rows = train(base.state_dict(), task, config, device)
-            except (TrainingFailed, OSError) as error:                # and so do the other policies
-                failures.append(str(error) if isinstance(error, TrainingFailed) else f"{name}: {error}; see --resume")
-                continue
-            results.append((config, reward, rows))
-            print(f"{name}: {config.updates} updates in {rows[-1]['seconds']:.0f} s, log and checkpoint in "
-                  f"{run_folder(config)}", flush=True)
-            prompts, _ = task.sample(np.random.default_rng(0), 5, "test")
-            texts = answer(model, task, prompts, config.block_size, temperature=0.0, order="confidence")[3]
-            answers += ["", f"{name}, answers to held-out prompts:"]
-            answers += [f"  {p}{c}  {task.explain(p, c)}" for p, c in zip(prompts, texts)]
+    """Run what the command line asks for: base policies, the policies that start from them, table, verdict and answers.
+    TrainingFailed at the end if one could not be trained to its end; the others have had their turn."""
+    configs, groups = parse(argv), {}
+    for config in configs:
+        groups.setdefault(tuple(getattr(config, name) for name in BASE), []).append(config)
+    cores = torch.get_num_threads() if sys.platform == "linux" and configs[0].device == "cpu" else 1
+    jobs = configs[0].jobs or min(len(configs), cores)
+    bases = parallel(pretrained, [(group,) for group in groups.values()], jobs)
+    base_of = {config: base for group, base in zip(groups.values(), bases) for config in group}
+    done = parallel(trained, [(c, *base_of[c]) for c in configs if not isinstance(base_of[c], str)], jobs)
+    failures = [failure for failure in (*bases, *done) if isinstance(failure, str)]
+    results = [result for result, _ in filter(lambda result: not isinstance(result, str), done)]
+    answers = [line for result in done[:3] if not isinstance(result, str) for line in result[1]]
     print("", *report(results), *answers, sep="\n")
+    path = Path(os.path.commonpath([config.out for config in configs]), "results.jsonl")
+    lines = dict.fromkeys([*path.read_text().splitlines(), *map(json.dumps, results)])           # every run once
+    path.write_text("".join(f"{line}\n" for line in lines))
     if failures:
         raise TrainingFailed("; ".join(failures))
 
@@ -993,7 +992,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")                          # a terminal without ± and ρ still gets the rest
     try:
         main()
-    except TrainingFailed as error:
+    except (TrainingFailed, OSError) as error:
         sys.exit(f"stabledrl.py: {error}")
     except KeyboardInterrupt:
         sys.exit("stabledrl.py: interrupted; the same command with --resume goes on from here")

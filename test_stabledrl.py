@@ -121,13 +121,19 @@ def test_rotation_is_by_position_times_frequency():
 
 
 def test_cached_and_uncached_logits_agree():
-    """§1, §4: to 1e-5, whatever the pieces that the sequence comes in, and after a block has been overwritten."""
+    """§1, §4: to 1e-5, whatever the pieces that the sequence comes in; and with so many tokens that attention is fused."""
     model, (prompts, completions) = tiny_model(), batch()
     tokens, positions, may = torch.cat((prompts, completions), 1), torch.arange(10), S.block_causal_mask(10, 2)
-    whole, cache = model(tokens, positions, may), model.new_cache(3, 10)
-    model(tokens.flip(1)[:, :6], positions[:6], may[:6, :6], cache)
-    pieces = [model(tokens[:, a:b], positions[a:b], may[a:b, :b], cache) for a, b in ((0, 4), (4, 6), (6, 10))]
+    whole, pieces, past = model(tokens, positions, may), [], None
+    for a, b in ((0, 4), (4, 6), (6, 10)):
+        keep = []
+        pieces.append(model(tokens[:, a:b], positions[a:b], may[a:b, :b], past=past, keep=keep))
+        past = keep
     assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-5)
+    fused = model(
+        tokens.repeat(1, 2), torch.arange(20), S.block_causal_mask(20, 2)
+    )  # 20 tokens, of which 10 see only 10
+    assert torch.allclose(fused[:, :10, :4], whole[..., :4], atol=1e-5)
 
 
 # §2 --------------------------------------------------------------------------------------------------------------------
@@ -302,6 +308,15 @@ def test_masks_have_uniform_counts_and_uniform_places():
     assert S.sample_masks(4, 5, 6, 3, seeded()).shape == (4, 5, 6)
 
 
+def test_coupled_masks_are_pairs_in_which_every_token_is_hidden():
+    """§3: where a copy shows something, its partner shows the rest; where it shows nothing, neither does its partner."""
+    masks = S.coupled_masks(500, 4, 6, 3, seeded())
+    assert masks.shape == (500, 4, 6) and masks.dtype == torch.bool
+    for n, k, b in itertools.product(range(500), range(2), range(2)):
+        one, other = masks[n, k, 3 * b : 3 * b + 3].tolist(), masks[n, k + 2, 3 * b : 3 * b + 3].tolist()
+        assert other == ([True] * 3 if all(one) else [not hidden for hidden in one])
+
+
 def test_elbo_is_the_weighted_sum_over_hidden_tokens():
     """§3, against a loop: mean over copies of Σ_blocks B/m · Σ_hidden log p. The loss is its negative per token."""
     model, (prompts, completions), B = tiny_model(), batch(N=2), 3
@@ -316,9 +331,6 @@ def test_elbo_is_the_weighted_sum_over_hidden_tokens():
             copies.append(B / len(hidden) * sum(log_p[i] for i in hidden))
         expected.append(sum(copies) / 4)
     assert S.elbo(model, prompts, completions, masks, B).tolist() == pytest.approx(expected, abs=1e-4)
-    assert S.pretraining_loss(model, prompts, completions, masks, B).item() == pytest.approx(
-        -sum(expected) / 2 / 6, abs=1e-4
-    )
 
 
 @pytest.mark.parametrize("B", [2, 3])
@@ -337,6 +349,25 @@ def test_monte_carlo_elbo_is_unbiased(B):
 
 
 # §4 --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("B", [2, 3])
+def test_coupled_masks_are_unbiased_and_less_noisy(B):
+    """§3: mean of 4,000 estimates from one pair against exact_elbo, within 5 standard errors (3 completions: fails by chance
+    twice in a million); and the pair has a lower variance than two independent copies, by more than a tenth."""
+    model, (prompts, completions) = tiny_model(), batch(P=6)
+    with torch.no_grad():
+        exact = S.exact_elbo(model, prompts, completions, B)
+        variance = {}
+        for draw in (S.sample_masks, S.coupled_masks):
+            masks = torch.stack([draw(3, 2, 6, B, seeded(s)) for s in range(4_000)], 1).flatten(1, 2)
+            log_p = S.token_log_probs(model, prompts, completions, masks, B)
+            hidden, log_p = (x.unflatten(-1, (-1, B)) for x in (masks, log_p))
+            copies = (B / hidden.sum(-1, keepdim=True) * hidden * log_p).sum((-2, -1))
+            pairs = copies.view(3, 4_000, 2).mean(-1)
+            assert ((pairs.mean(1) - exact).abs() < 5 * pairs.std(1) / 4_000**0.5).all()
+            variance[draw] = pairs.var(1)
+    assert (variance[S.coupled_masks] < 0.9 * variance[S.sample_masks]).all()
 
 
 def every_completion(L, vocab_size):
@@ -395,6 +426,52 @@ def test_confidence_order_reveals_the_surest_place_first():
     assert len(orders) > 1, "the model must not make the order trivial"
 
 
+def alone(model, tokens, order, B, per_step, threshold):
+    """Oracle for parallel decoding: one sequence (list, [MASK] = 4), greedy, no cache. -> (tokens, passes)."""
+    passes, start = 0, tokens.index(4)
+    while start < len(tokens):
+        hidden = [i for i in range(start, start + B) if tokens[i] == 4]
+        if not hidden:
+            start += B
+            continue
+        passes += 1
+        n = start + B
+        probs = model(torch.tensor([tokens[:n]]), torch.arange(n), S.block_causal_mask(n, B))[0].softmax(-1)
+        surest = sorted(hidden, key=lambda i: -probs[i].max().item())
+        for rank, i in enumerate(surest):
+            if rank < per_step or probs[i].max() > threshold:
+                tokens[i] = probs[i].argmax().item()
+    return tokens, passes
+
+
+@pytest.mark.parametrize("per_step,threshold", [(1, 0.7), (2, math.inf), (2, 0.9), (3, math.inf), (1, 0.0)])
+def test_parallel_decoding_reveals_what_it_should_and_counts_its_passes(per_step, threshold):
+    """§4: against a loop, one sequence at a time. Broken if a row that has finished its block were written again."""
+    model, (prompts, _), B, passes = tiny_model(seed=4), batch(N=16, P=3), 3, []
+    fast = S.generate(
+        model, prompts, 6, B, 0.0, "confidence", per_step=per_step, threshold=threshold, passes=passes
+    ).tolist()
+    expected = [alone(model, p + [4] * 6, "confidence", B, per_step, threshold) for p in prompts.tolist()]
+    assert fast == [tokens[3:] for tokens, _ in expected]
+    assert passes[0].tolist() == [n for _, n in expected]
+    if threshold == 0.7:
+        assert len(set(passes[0].tolist())) > 1, "the threshold must matter"
+
+
+def test_random_order_can_reveal_several_at_once():
+    """All of a block at once: every token has its marginal under the fully hidden block, here checked for the first token
+    of 20,000 samples, to 5 standard errors (fails by chance once in 400,000)."""
+    model, (prompts, _), passes = tiny_model(), batch(N=1), []
+    with torch.no_grad():
+        hidden = torch.cat((prompts, torch.full((1, 2), 4)), 1)
+        p = model(hidden, torch.arange(6), S.block_causal_mask(6, 2))[0, 4].softmax(-1)
+    drawn = S.generate(model, prompts, 2, 2, generator=seeded(), samples=20_000, per_step=2, passes=passes)
+    assert (passes[0] == 1).all()
+    for token in range(4):
+        share = (drawn[:, 0] == token).double().mean()
+        assert abs(share - p[token]) < 5 * (p[token] * (1 - p[token]) / 20_000) ** 0.5
+
+
 def test_confidence_is_measured_at_temperature_one():
     """Two places whose order of confidence would turn round if greedy decoding read the logits at half or double size:
     one competitor, 1 nat behind (p = 0.73), and three, 2.6 nats behind (p = 0.82). The model writes the step number."""
@@ -402,10 +479,7 @@ def test_confidence_is_measured_at_temperature_one():
     class TwoPlaces(torch.nn.Module):
         mask_id = 4
 
-        def new_cache(self, *_):
-            return []
-
-        def forward(self, tokens, positions, mask, cache=None, ask=None, keep=None):
+        def forward(self, tokens, positions, mask, ask, past=None, keep=None):
             logits = torch.tensor([[1.0, 0.0, -50.0, -50.0], [2.6, 0.0, 0.0, 0.0]])
             logits = logits.roll(int((tokens[0] != 4).sum()), dims=1)
             return torch.nn.functional.pad(logits, (0, 1), value=-math.inf)[None]
@@ -421,10 +495,7 @@ def test_random_order_is_a_fair_die():
     class Counting(torch.nn.Module):
         mask_id = 4
 
-        def new_cache(self, *_):
-            return []
-
-        def forward(self, tokens, positions, mask, cache=None, ask=None, keep=None):
+        def forward(self, tokens, positions, mask, ask, past=None, keep=None):
             revealed = (tokens[:, -3:] != 4).sum(1)  # 0 for the pass that reads the empty prompt
             return torch.nn.functional.one_hot(revealed, 5)[:, None].expand(-1, ask.shape[1], -1).float() * 1e4
 
@@ -564,6 +635,23 @@ def test_stabledrl_is_the_clipped_and_self_normalised_sum():
         assert grad == pytest.approx([-wi * a / 2 for wi, a in zip(w, A)])
 
 
+def test_each_ablation_is_stabledrl_without_one_of_its_lines():
+    """Gradients against plain Python, wild ratios included: clip_only divides by G, norm_only does not clip, no_ratio
+    gives every sample the weight 1/G. The ε of the latter two is not looked at."""
+    log_ratio, A, G = [-2.0, -0.1, 0.2, 3.0, 0.0, 5.0, -5.0, 1.0], [1.0, -2.0, 0.5, -0.7, 0.3, 2.0, -1.5, 0.9], 4
+    rho = [math.exp(x) for x in log_ratio]
+    for eps in (0.5, 5.0):
+        weights = {
+            "clip_only": [min(max(r, 1 - eps), 1 + eps) / G for r in rho],
+            "norm_only": [r / sum(rho[i // G * G : i // G * G + G]) for i, r in enumerate(rho)],
+            "no_ratio": [1 / G] * 8,
+        }
+        for name, w in weights.items():
+            value, grad = gradient(S.LOSSES[name][0], log_ratio, torch.tensor(A, dtype=torch.float64), eps, G)
+            assert grad == pytest.approx([-wi * a / 2 for wi, a in zip(w, A)])
+            assert value == pytest.approx(sum(g * x for g, x in zip(grad, log_ratio)))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_one_spike_has_no_bound_under_grpo_and_one_under_stabledrl(sign):
     """The paper's first claim. One rollout of 8 has log ρ̂ = 5, 10, 20: GRPO's gradient grows as ρ̂ where A < 0 (and is 0
@@ -580,9 +668,10 @@ def test_one_spike_has_no_bound_under_grpo_and_one_under_stabledrl(sign):
 
 
 def test_stabledrl_is_finite_at_any_ratio():
-    for dtype, eps in itertools.product((torch.float32, torch.float64), (0.2, 1.0, 5.0, 1e6)):
+    losses = [S.LOSSES[name][0] for name in ("stabledrl", "clip_only", "norm_only", "no_ratio")]
+    for dtype, eps, loss in itertools.product((torch.float32, torch.float64), (0.2, 1.0, 5.0, 1e6), losses):
         leaf = torch.tensor(EXTREME, dtype=dtype, requires_grad=True)
-        value = S.stabledrl_loss(leaf, torch.tensor([1.0, -1.0] * 4, dtype=dtype), eps, 4)
+        value = loss(leaf, torch.tensor([1.0, -1.0] * 4, dtype=dtype), eps, 4)
         value.backward()
         assert value.isfinite() and leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0
     assert S.grpo_loss(torch.tensor(EXTREME), torch.tensor([1.0, -1.0] * 4), 0.2).isfinite()
@@ -638,13 +727,16 @@ def test_diagnostics_against_plain_loops():
     log_ratio, truth, G, eps = [0.0, 1.0, -2.0, 0.5, 4.0, 0.1], [0.1, 0.2, 0.0, -0.1, 0.3, 0.0], 3, 0.5
     rho = [math.exp(x) for x in log_ratio]
     ess = [sum(rho[i : i + G]) ** 2 / sum(r * r for r in rho[i : i + G]) for i in (0, 3)]
+    noise = [a - b for a, b in zip(log_ratio, truth)]  # the 99.9th percentile lies 0.995 of the way to the last of 6
     got = S.ratio_diagnostics(torch.tensor(log_ratio, requires_grad=True), eps, G, torch.tensor(truth))
     assert got == pytest.approx(
         {
             "ratio_max": max(rho),
             "ess": sum(ess) / 2,
             "clip_fraction": sum(not 1 - eps <= r <= 1 + eps for r in rho) / 6,
-            "noise_std": statistics.pstdev([a - b for a, b in zip(log_ratio, truth)]),
+            "noise_mean": statistics.mean(noise),
+            "noise_std": statistics.pstdev(noise),
+            "noise_p999": sorted(noise)[-2] + 0.995 * (sorted(noise)[-1] - sorted(noise)[-2]),
         },
         rel=1e-5,
     )
@@ -720,10 +812,12 @@ def test_all_policies_share_base_and_prompts(tmp_path, monkeypatch):
 
 def test_log_holds_config_and_documented_columns(tmp_path):
     ((config, rows),) = run(tmp_path).values()
-    assert set(config) == {field.name for field in dataclasses.fields(S.Config)} - {"out", "resume"}
+    assert set(config) == {field.name for field in dataclasses.fields(S.Config)} - {"out", "resume", "jobs"}
     assert [row["update"] for row in rows] == [2, 4]
     table = README[README.index("| column") :].split("\n\n")[0]
-    assert set(rows[0]) == set(re.findall(r"^\| `(\w+)`", table, re.M))
+    assert set(rows[0]) == {
+        name for cell in re.findall(r"^\| (`.*?`) \|", table, re.M) for name in re.findall(r"\w+", cell)
+    }
 
 
 def test_checkpoint_holds_the_trained_policy(tmp_path):
@@ -777,7 +871,7 @@ def test_one_update_follows_the_advantages(loss):
     )
     model = S.new_model(task, config, "cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rollouts = S.collect(model, task, config, np.random.default_rng(0), seeded(0), seeded(1), with_truth=True)
+    rollouts = S.collect(model, task, config, np.random.default_rng(0), seeded(0), seeded(1), reference=model)
     A = torch.tensor([1.0, -1.0] * 16)
     S.policy_update(model, optimizer, rollouts._replace(advantages=A), config, seeded(2))
     after = S.exact_log_likelihood(model, rollouts.prompts, rollouts.completions, 2)
@@ -809,7 +903,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_named(policy, poison, 
     monkeypatch.setitem(S.ESTIMATORS, "elbo", poisoned)
     with pytest.raises(S.TrainingFailed) as failure:
         run(tmp_path, policy=policy)
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("addition-*")
     message = str(failure.value)
     assert message.startswith(f"{folder.name} stopped at update 4: the loss is ") and "\n" not in message
     assert re.search(r"the log-ratio of sample 3, '[0-9]{2}\+[0-9]{2}=.{4}', (nan|-?inf); ", message)
@@ -822,7 +916,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
     """Finite loss, finite ratios, infinite gradient: the weights stay as they were."""
     config = S.parse(f"{TINY} --loss grpo --out {tmp_path}".split())[0]
     task, model = TASKS["addition"], S.new_model(TASKS["addition"], config, "cpu")
-    rollouts = S.collect(model, task, config, np.random.default_rng(0), seeded(0), seeded(1), with_truth=False)
+    rollouts = S.collect(model, task, config, np.random.default_rng(0), seeded(0), seeded(1))
     rollouts = rollouts._replace(advantages=torch.tensor([1.0, -1.0] * 3))
     before = model.head.weight.clone()
     model.head.weight.register_hook(lambda grad: grad * math.inf)
@@ -841,9 +935,11 @@ def test_a_broken_model_cannot_be_sampled_from():
 
 
 def test_pretraining_that_breaks_says_so(tmp_path, monkeypatch):
-    loss = S.pretraining_loss
-    monkeypatch.setattr(S, "pretraining_loss", lambda *a: loss(*a) * math.nan)
-    with pytest.raises(S.TrainingFailed, match="^pretraining, seed 0: the model's probabilities are not finite$"):
+    elbo = S.elbo
+    monkeypatch.setattr(S, "elbo", lambda *a: elbo(*a) * math.nan)
+    with pytest.raises(
+        S.TrainingFailed, match="^pretraining, addition, seed 0: the model's probabilities are not finite$"
+    ):
         run(tmp_path, "--base_accuracy 0.9")
 
 
@@ -891,6 +987,47 @@ def test_a_run_is_the_same_kind_of_thing_on_every_device(device, tmp_path):
     assert values[1] == pytest.approx(values[0], abs=1e-3)
 
 
+def test_per_token_ratios_are_the_summed_ones_over_the_length(tmp_path):
+    """§8: at the first update both see the same weights and masks; the noise is measured on the same scale."""
+    flags = "--log_every 1 --mu 1 --updates 1"
+    ((_, (summed,)),) = run(tmp_path / "a", flags).values()
+    ((_, (per_token,)),) = run(tmp_path / "b", f"{flags} --per_token").values()
+    assert math.log(summed["ratio_max"]) == pytest.approx(4 * math.log(per_token["ratio_max"]), rel=1e-4)
+    assert summed["noise_std"] == pytest.approx(4 * per_token["noise_std"], rel=1e-4)
+
+
+def test_spikes_raise_their_share_of_the_ratios(tmp_path):
+    """Noise-free ratios, 3,000 of them, a tenth raised by log 1e5: the noise is then a known two-point distribution. Its
+    standard deviation is 11.5·√(0.1·0.9), within 5 standard errors of the share (one failure in a million by chance)."""
+    flags = "--prompts 1000 --log_every 1 --mu 1 --updates 1 --estimator exact --spikes 0.1"
+    ((_, (row,)),) = run(tmp_path, flags).values()
+    share = row["noise_mean"] / math.log(1e5)
+    assert abs(share - 0.1) < 5 * (0.1 * 0.9 / 3_000) ** 0.5
+    assert row["noise_std"] == pytest.approx(math.log(1e5) * (share * (1 - share)) ** 0.5, rel=1e-3)
+    assert row["ratio_max"] == pytest.approx(1e5, rel=0.01) and row["noise_p999"] == pytest.approx(
+        math.log(1e5), rel=1e-3
+    )
+
+
+def test_drift_is_the_kl_divergence_from_the_base(tmp_path):
+    """0 before the first update; later the mean of log π_old − log π_base over 2,000 rollouts of π_old, against the same
+    sum over all 13^4 completions of one prompt: within 5 standard errors (one failure in a million by chance)."""
+    task, B = TASKS["addition"], 2
+    config = S.Config(loss="grpo", estimator="exact", clip_eps=0.2, block_size=B, prompts=1, group_size=2_000)
+    base, policy = tiny_model(14, seed=0), tiny_model(14, seed=0)
+    assert S.collect(base, task, config, np.random.default_rng(0), seeded(0), seeded(1), policy).drift == 0
+    with torch.no_grad():
+        for p in policy.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=seeded(2))
+        rollouts = S.collect(policy, task, config, np.random.default_rng(0), seeded(0), seeded(1), base)
+        everything = every_completion(4, 14)
+        new, old = (S.exact_log_likelihood(m, rollouts.prompts, everything, B).double() for m in (policy, base))
+        sampled = S.exact_log_likelihood(policy, rollouts.prompts, rollouts.completions, B).double()
+        sampled = sampled - S.exact_log_likelihood(base, rollouts.prompts, rollouts.completions, B)
+    truth = (new.exp() * (new - old)).sum().item()
+    assert abs(rollouts.drift - truth) < 5 * sampled.std().item() / 2_000**0.5 and truth > 0.1
+
+
 # Resume ----------------------------------------------------------------------------------------------------------------
 
 RUN_FILES = ("log.jsonl", "checkpoint.pt")
@@ -909,6 +1046,12 @@ def launch(flags):
     )
 
 
+def in_this_process(flags):
+    """The same as `launch`, to its end, without the seconds that a new process takes to begin."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        S.main(flags.split())
+
+
 def assert_same_run(a, b):
     """Byte-identical logs (timings aside), bit-identical weights and optimiser state."""
     assert without_seconds(a / "log.jsonl") == without_seconds(b / "log.jsonl")
@@ -923,7 +1066,7 @@ def assert_same_run(a, b):
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(kills, tmp_path):
     """SIGKILL to a real process, at a random moment after its first checkpoint, several times; then the end."""
-    whole = launch(f"{LONG} --out {tmp_path / 'whole'}")
+    in_this_process(f"{LONG} --out {tmp_path / 'whole'}")
     folder = tmp_path / "killed" / "addition-stabledrl-elbo-seed3"
     began, killed = time.perf_counter(), 0
     while killed < kills:
@@ -938,10 +1081,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(kills, tmp_path):
         process.kill()
         process.communicate()
         killed += 1
-    last = launch(f"{LONG} --out {tmp_path / 'killed'} --resume")
-    for process in (whole, last):
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+    in_this_process(f"{LONG} --out {tmp_path / 'killed'} --resume")
     assert_same_run(tmp_path / "whole" / folder.name, folder)
 
 
@@ -981,6 +1121,52 @@ def test_an_interrupt_within_a_batch_changes_nothing(tmp_path, monkeypatch):
     assert_same_run(*(tmp_path / out / "addition-stabledrl-elbo-seed0" for out in ("whole", "cut")))
 
 
+@pytest.mark.parametrize("hard", [True, False], ids=["killed", "interrupted"])
+def test_runs_side_by_side_end_as_one_after_the_other_and_stop_with_their_parent(hard, tmp_path):
+    """Two policies in two processes. SIGKILL or SIGINT to the first process alone: its children must not go on writing, and
+    on SIGINT they save first; resumed, in either way, the runs are those of one process."""
+    flags = f"{LONG} --loss grpo stabledrl --estimator elbo --updates 60"
+    both = launch(f"{flags} --jobs 2 --out {tmp_path / 'both'}")
+    folders = [tmp_path / "both" / f"addition-{loss}-elbo-seed3" for loss in ("grpo", "stabledrl")]
+    while both.poll() is None and not all((folder / "log.jsonl").exists() for folder in folders):
+        time.sleep(0.005)
+    time.sleep(0.1)
+    both.send_signal(signal.SIGKILL if hard else signal.SIGINT)
+    _, errors = both.communicate()  # returns when no child holds the pipe any more
+    assert hard or (both.returncode == 1 and "interrupted; the same command with --resume" in errors), errors
+    assert "Traceback" not in errors
+    cut = [(folder / "checkpoint.pt").read_bytes() for folder in folders]
+    updates = [torch.load(folder / "checkpoint.pt", weights_only=True)["update"] for folder in folders]
+    assert max(updates) < 60 and (hard or min(updates) > 0)
+    time.sleep(0.3)
+    assert cut == [(folder / "checkpoint.pt").read_bytes() for folder in folders]
+    in_this_process(f"{flags} --jobs 2 --resume --out {tmp_path / 'both'}")
+    in_this_process(f"{flags} --jobs 1 --out {tmp_path / 'whole'}")
+    for folder in folders:
+        assert_same_run(tmp_path / "whole" / folder.name, folder)
+    results = [(tmp_path / out / "results.jsonl").read_text().splitlines() for out in ("whole", "both")]
+    one, other = ([{**json.loads(line), "seconds": 0} for line in lines] for lines in results)
+    assert len(one) == 2 and one == other
+
+
+def unlucky(i):
+    """For the next test, at the top, as a process of its own may need to find it."""
+    if i == 1:
+        os._exit(9)
+    return i, torch.get_num_threads()
+
+
+def test_parallel_keeps_the_order_and_survives_a_dead_process():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        results = S.parallel(unlucky, [(i,) for i in range(4)], 2)
+    finally:
+        torch.set_num_threads(before)
+    assert results == [(0, 2), "unlucky: a process ended before it was done", (2, 2), (3, 2)]
+    assert S.parallel(unlucky, [(2,), (0,)], 1) == [(2, before), (0, before)]
+
+
 @pytest.mark.parametrize("moment", ["write", "flush", "rename"])
 def test_a_crash_while_a_checkpoint_is_written_leaves_the_last_good_one(moment, tmp_path, monkeypatch):
     """The third of four checkpoints (updates 0, 2, 4, 6) is cut off: that of update 2 is whole, and the run goes on."""
@@ -990,7 +1176,7 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_the_last_good_one(moment, 
     def crash_at_third(function):
         def maybe(*arguments):
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) == (5 if moment == "flush" else 3):  # checkpoint and log are flushed
                 if moment == "write":
                     arguments[1].write(b"half a checkpoint")
                 raise RuntimeError("power cut")
@@ -1011,7 +1197,7 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_the_last_good_one(moment, 
             run(tmp_path / "crashed", "--updates 6")
     folder = tmp_path / "crashed" / "addition-stabledrl-elbo-seed0"
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["update"] == 2
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 3, "the log is a row ahead of the checkpoint"
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 2, "config and the row of update 2"
     run(tmp_path / "crashed", "--updates 6 --resume")
     assert_same_run(tmp_path / "whole" / folder.name, folder)
 
@@ -1115,7 +1301,9 @@ def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(S.TrainingFailed, match="^grpo / elbo, seed 0: .*No space left on device; see --resume$"):
+        with pytest.raises(
+            S.TrainingFailed, match="addition-grpo-elbo-seed0: .*No space left on device; see --resume$"
+        ):
             run(tmp_path / "full", policy="--loss grpo stabledrl --estimator elbo")
     run(tmp_path / "full", "--resume", policy="--loss grpo stabledrl --estimator elbo")
     for name in ("addition-grpo-elbo-seed0", "addition-stabledrl-elbo-seed0"):
@@ -1131,6 +1319,7 @@ OTHER_VALUES = {
     "masks": "shared",
     "mc": 3,
     "clip_eps": 0.01,
+    "spikes": 0.5,
     "seed": 1,
     "updates": 6,
     "lr": 0.1,
@@ -1165,7 +1354,7 @@ def baseline(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [f.name for f in dataclasses.fields(S.Config) if f.name not in ("task", "device", "out", "compile", "resume")],
+    [f.name for f in dataclasses.fields(S.Config) if f.name not in "task device out compile resume jobs".split()],
 )
 def test_no_flag_is_dead(name, baseline, tmp_path):
     """Every flag with another value changes what the log says (or stops pretraining, for its limit)."""
@@ -1187,9 +1376,14 @@ BAD_INPUT = {
     "--seed 9999999999": "--seed must be at least 0",
     "--lr ten": "--lr: invalid float",
     "--lr 0": "--lr and --pretrain_lr must be positive and at most 1",
-    "--lr 1e-4 1e-3": "unrecognized arguments: 1e-3",
+    "--lr 1e-4 2": "--lr and --pretrain_lr must be positive and at most 1",
+    "--lr 1e-4 1e-4": "every value once",
+    "--out a b": "unrecognized arguments: b",
+    "--masks coupled": "--masks coupled needs pairs: an even --mc (got 1)",
+    "--spikes 1.5": "--base_accuracy and --spikes must be from 0 to 1",
+    "--jobs -1": "--jobs must be at least 0",
     "--bf16 yes": "unrecognized arguments: yes",
-    "--prompts 2000000": "--prompts must be at least 1 and below 2^20",
+    "--prompts 2000000": "this needs too much memory",
     "--prompts 1000000 --mc 100": "this needs too much memory",
     "--d_model 100000": "this needs too much memory",
     "--out=": "--out must name a folder",
@@ -1209,10 +1403,10 @@ BAD_INPUT = {
     "--block_size 0": "--block_size must be at least 1",
     "--d_model 30": "--d_model must be a multiple of 2·--n_head",
     "--n_head 0": "--n_head must be at least 1",
-    "--mu 3": "--log_every must be a multiple of --mu",
+    "--mu 3": "--log_every one of --mu (got 1200, 20, 3)",
     "--updates 30": "--updates must be a multiple of --log_every",
     "--max_grad_norm -1": "--max_grad_norm must be at least 0",
-    "--base_accuracy 2": "--base_accuracy must be from 0 to 1",
+    "--base_accuracy 2": "--base_accuracy and --spikes must be from 0 to 1",
     "--seed 1 1": "every value once",
     "--loss": "expected at least one argument",
     "--plot nowhere": "--plot: ",
@@ -1276,56 +1470,70 @@ def test_no_flags_mean_the_main_job(tmp_path, monkeypatch):
     )
 
 
-def fake_result(loss, estimator, base, curve):
+def test_flags_with_several_values_span_a_grid_with_a_folder_for_each_setting(tmp_path, monkeypatch):
+    """Seeds outermost, one base for all settings of a seed that do not touch pretraining; results.jsonl has a line per run,
+    also after the command has been repeated with --resume."""
+    based, pretrain = [], S.pretrain
+    monkeypatch.setattr(S, "pretrain", lambda *a: based.append(1) or pretrain(*a))
+    flags = f"{TINY} --loss grpo --seed 0 1 --lr 1e-4 1e-3 --mc 1 2 --out {tmp_path}"
+    S.main(flags.split())
+    folders = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.glob("**/checkpoint.pt")}
+    settings = itertools.product(("0.0001", "0.001"), (1, 2), (0, 1))
+    assert folders == {f"lr{lr}-mc{mc}/addition-grpo-elbo-seed{seed}" for lr, mc, seed in settings}
+    assert len(based) == 2
+    before = (tmp_path / "results.jsonl").read_text()
+    assert [json.loads(line)["lr"] for line in before.splitlines()] == [1e-4, 1e-4, 1e-3, 1e-3] * 2
+    S.main([*flags.split(), "--resume"])
+    assert (tmp_path / "results.jsonl").read_text() == before
+
+
+def test_a_tasks_defaults_come_before_the_general_ones_and_flags_before_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TASKS["addition"], "defaults", {"d_model": 32, "lr": 0.5})
+    (config,) = S.parse("--loss grpo --lr 0.25".split())
+    assert (config.d_model, config.lr, config.n_layer) == (32, 0.25, S.Config.n_layer)
+
+
+def fake_result(loss, estimator, base, curve, **settings):
     rows = [
-        {"update": 20 * (i + 1), "reward": r, "accuracy": 0.5, "ratio_max": 10.0, "noise_std": 1.0}
+        {"update": 20 * (i + 1), "reward": r, "accuracy": 0.5, "ratio_max": 10.0, "noise_std": 1.0, "seconds": 1.0}
         for i, r in enumerate(curve)
     ]
-    return S.Config(loss=loss, estimator=estimator, updates=20 * len(rows)), base, rows
+    return S.summary(S.Config(loss=loss, estimator=estimator, updates=20 * len(rows), **settings), base, rows)
 
 
 def test_the_verdict_follows_from_the_numbers():
     """The same words must not come out whatever happens."""
     rising, flat, low, middle = [0.02 * i + 0.2 for i in range(20)], [0.5] * 20, [0.01] * 20, [0.2] * 20
-    words = "\n".join(
-        S.report(
-            [
-                fake_result("grpo", "elbo", 0.2, low),
-                fake_result("grpo", "exact", 0.2, flat),
-                fake_result("stabledrl", "elbo", 0.2, rising),
-            ]
-        )
-    )
-    assert (
-        "grpo / elbo collapsed: reward 0.200 -> 0.010, 0.05 times the base" in words
-        and "So noise is the cause" in words
-    )
-    assert "grpo / exact learned: reward" in words and "stabledrl / elbo learned, and was still rising" in words
-    assert "0.200 -> 0.540, 2.70 times" in words  # the mean of the last 100 updates = 5 rows
-    words = "\n".join(
-        S.report(
-            [
-                fake_result("grpo", "elbo", 0.2, flat),
-                fake_result("grpo", "exact", 0.2, low),
-                fake_result("stabledrl", "elbo", 0.2, middle),
-            ]
-        )
-    )
-    assert (
-        "grpo / elbo learned" in words
-        and "grpo / exact collapsed" in words
-        and "stabledrl / elbo gained nothing" in words
-    )
+
+    def verdict(*results):
+        return "\n".join(S.report([fake_result(*result) for result in results]))
+
+    words = verdict(("grpo", "elbo", 0.2, low), ("grpo", "exact", 0.2, flat), ("stabledrl", "elbo", 0.2, rising))
+    assert "grpo / elbo: 0.05 times the base" in words and "grpo / exact: 2.50 times the base" in words
+    assert "So noise is the cause" in words
+    assert "stabledrl / elbo: 2.70 times the base" in words  # the mean of the last 100 updates = 5 rows
+    words = verdict(("grpo", "elbo", 0.2, flat), ("grpo", "exact", 0.2, low), ("stabledrl", "elbo", 0.2, middle))
     assert "So noise is the cause" not in words and "It is not shown that noise is the cause" in words
-    assert "lost ground" in "\n".join(S.report([fake_result("grpo", "elbo", 0.3, middle)]))
     two = S.report([fake_result("grpo", "elbo", 0.2, middle), fake_result("grpo", "elbo", 0.4, flat)])
-    assert (
-        f"{0.3:.3f} ± {statistics.stdev([0.2, 0.4]):.3f}" in two[1]
-        and f"{0.35:.3f} ± {statistics.stdev([0.2, 0.5]):.3f}" in two[1]
-    )
-    assert "1.17 times the base; 0 of 2 seeds below half of it" in "\n".join(two)
-    one_low = S.report([fake_result("grpo", "elbo", 0.2, low), fake_result("grpo", "elbo", 0.2, flat)])
-    assert "1.27 times the base; 1 of 2 seeds below half of it" in "\n".join(one_low)
+    assert f"{0.3:.3f} ± {statistics.stdev([0.2, 0.4]):.3f}" in two[1]
+    assert f"{0.35:.3f} ± {statistics.stdev([0.2, 0.5]):.3f}" in two[1]
+    assert "1.17 times the base (1.00, 1.25)" in "\n".join(two)
+
+
+def test_a_table_has_a_row_for_every_setting_named_by_what_differs():
+    """Seeds of one setting share a row; the name says what the command varied, and not what a loss or task brings along."""
+    runs = [
+        fake_result(loss, "elbo", 0.2, [0.3] * 20, seed=seed, mc=mc, clip_eps=S.LOSSES[loss][1])
+        for loss, mc, seed in itertools.product(("grpo", "stabledrl"), (1, 4), (0, 1))
+    ]
+    assert list(dict.fromkeys(S.labels(runs))) == [
+        f"{loss} / elbo / mc {k}" for loss in ("grpo", "stabledrl") for k in (1, 4)
+    ]
+    assert set(S.labels(runs[:1])) == {"grpo / elbo"}
+    assert len(S.report(runs)) == 1 + 4 + 1 + 4
+    other = fake_result("grpo", "elbo", 0.2, [0.3] * 20, task="other", d_model=128)
+    assert S.labels([runs[0], other]) == ["addition / grpo / elbo", "other / grpo / elbo"]
 
 
 def test_one_failure_does_not_end_the_others(tmp_path, monkeypatch, capsys):
@@ -1343,17 +1551,21 @@ def test_one_failure_does_not_end_the_others(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(S, "pretrain", fail(pretrain, lambda config: config.seed == 1))
     monkeypatch.setattr(S, "train", fail(train, lambda config: config.seed == 2 and config.loss == "grpo"))
-    with pytest.raises(S.TrainingFailed, match="^pretraining, seed 1: bad luck; bad luck$"):
+    with pytest.raises(S.TrainingFailed, match="^pretraining, addition, seed 1: bad luck; bad luck$"):
         S.main(f"{TINY} --seed 1 2 3 --loss grpo stabledrl --out {tmp_path}".split())
     out = capsys.readouterr().out
-    assert out.count(" updates in ") == 3 and "stabledrl / elbo, seed 2" in out and "base reward" in out
+    assert out.count(" updates in ") == 3 and "addition-stabledrl-elbo-seed2, answers" in out and "base reward" in out
 
 
 def test_main_prints_table_verdict_answers_and_places(tmp_path, capsys):
     S.main(f"{TINY} --seed 0 1 --out {tmp_path}".split())
     out = capsys.readouterr().out
-    assert out.count("base policy, seed") == 2 and out.count(" updates in ") == 6 and out.count(str(tmp_path)) == 6
-    assert out.count("answers to held-out prompts") == 6 and out.count("should be") + out.count("right") >= 30
+    assert (
+        out.count("base policy, addition, seed") == 2
+        and out.count(" updates in ") == 6
+        and out.count(str(tmp_path)) == 6
+    )
+    assert out.count("answers to held-out prompts") == 3 and out.count("should be") + out.count("right") >= 15
     assert all(word in out for word in ("base reward", "last 100 updates", "largest ratio", "times the base"))
 
 
@@ -1731,8 +1943,7 @@ def test_grpo_collapses_on_the_estimate_and_learns_on_the_exact_ratio(tmp_path):
     for path in tmp_path.glob("*/log.jsonl"):
         config, *rows = map(json.loads, path.read_text().splitlines())
         final[config["loss"], config["estimator"]] = statistics.mean(row["reward"] for row in rows[-5:])
-    config = S.parse(["--out", str(tmp_path / "elsewhere")])[0]
-    base = S.sampled_reward(S.pretrain(TASKS["addition"], config, torch.device("cpu")), TASKS["addition"], config)
+    base = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["base reward"]
     assert (
         final["grpo", "elbo"] < base / 2
         and final["grpo", "exact"] > base
