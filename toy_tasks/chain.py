@@ -1,0 +1,57 @@
+"""Sums of five digits, with the running sums written out:   "7+5+8+6+9=" -> "12202635"   (12, 20, 26, 35)
+
+Why it looks like this:
+  * one running sum is one block (B = 2), with a leading zero: "09|15|..", so nothing needs padding;
+  * every block needs the one before it: this is the toy's chain of thought, and what block diffusion is made for;
+  * the reward is 1 for the right final number, and looks at nothing else: the steps are only a means. A model may
+    learn to skip them, or recover from a wrong one.
+"""
+
+import itertools
+import re
+
+import numpy as np
+
+name = "chain"
+vocab = "0123456789+="
+prompt_len, completion_len, block_size = 10, 8, 2
+defaults = {"base_accuracy": 0.3}
+
+# The five digits as a multiset: 1+2+3+4+5 is held out whenever 5+4+3+2+1 is. A fixed shuffle sends one in ten to the test.
+_DIGITS = np.random.default_rng(0).permutation(list(itertools.combinations_with_replacement(range(10), 5)))
+_SPLITS = {"test": _DIGITS[:200], "train": _DIGITS[200:]}
+
+
+def sample(rng, n, split):
+    """n prompts and their answers (two lists of str), drawn with replacement by the numpy Generator `rng`."""
+    rows = rng.permuted(_SPLITS[split][rng.integers(len(_SPLITS[split]), size=n)], axis=1)  # in any order
+    answers = ["".join(f"{total:02d}" for total in sums) for sums in rows.cumsum(1)[:, 1:]]
+    return ["+".join(map(str, row)) + "=" for row in rows], answers
+
+
+def _sums(prompt):
+    """The right running sums, or None where the prompt is not one of ours."""
+    if not re.fullmatch(r"[0-9](\+[0-9]){4}=", prompt):
+        return None
+    return [f"{total:02d}" for total in itertools.accumulate(map(int, prompt[:-1].split("+")))][1:]
+
+
+def reward(prompt, completion):
+    """1.0 if the last number is the right sum, and all is two-digit numbers, else 0.0. Total: any two strings will do."""
+    sums = _sums(prompt)
+    return float(sums is not None and re.fullmatch("[0-9]{8}", completion) is not None and completion[6:] == sums[-1])
+
+
+def explain(prompt, completion):
+    """What is wrong with an answer, in words: the format, or the first wrong running sum."""
+    sums = _sums(prompt)
+    if sums is None:
+        return "not a prompt of this task"
+    if not re.fullmatch("[0-9]{8}", completion):
+        return f"should be {''.join(sums)}: this is not four two-digit numbers"
+    numbers = [completion[i : i + 2] for i in range(0, 8, 2)]
+    wrong = next((i for i in range(4) if numbers[i] != sums[i]), None)
+    if wrong is None:
+        return "right"
+    first = f"sum {wrong + 1} should be {sums[wrong]}, not {numbers[wrong]}"
+    return f"right at the end, though {first}" if numbers[3] == sums[3] else f"should end in {sums[3]}: {first}"
