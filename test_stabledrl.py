@@ -1020,7 +1020,7 @@ def test_drift_is_the_kl_divergence_from_the_base():
     assert S.collect(base, task, config, None, seeded(0), seeded(1), policy).drift == 0
     with torch.no_grad():
         for p in policy.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=seeded(2))
+            p += 0.3 * torch.randn(p.shape, generator=seeded(2))
         rollouts = S.collect(policy, task, config, None, seeded(0), seeded(1), base)
         ways = every_completion(4, 5)
         new, old = (S.exact_log_likelihood(m, rollouts.prompts, ways, 2).double() for m in (policy, base))
