@@ -96,8 +96,8 @@ class Block(nn.Module):
                     for a, b in zip(past, (k, v)))                                               # each (N, H, T, D)
         if S > 16:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                          # (N, H, S, D)
-        else:                                               # for few queries, plain is faster than fused
-            y = torch.where(mask, q / math.sqrt(q.shape[-1]) @ k.mT, -math.inf).softmax(-1) @ v
+        else:                                               # few tokens: plain, keys before queries, is faster than fused
+            y = torch.where(mask.mT, k @ (q / math.sqrt(q.shape[-1])).mT, -math.inf).softmax(-2).mT @ v
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), (k, v)
 
@@ -750,7 +750,7 @@ class Config:
     base_accuracy: float = flag(0.4, "pretraining stops at this greedy held-out accuracy")
     pretrain_lr: float = flag(1e-3, "learning rate of pretraining")
     pretrain_updates: int = flag(2000, "pretraining fails if it needs more updates than this", low=0)
-    log_every: int = flag(20, "updates per line of the log, a multiple of μ", low=1)
+    log_every: int = flag(40, "updates per line of the log, a multiple of μ", low=1)
     device: str = flag("auto", "auto takes cuda where there is one", ("auto", "cpu", "cuda"), several=False)
     bf16: bool = flag(False, "matrix products in bfloat16; likelihoods and losses stay float32")
     compile: bool = flag(False, "torch.compile the model: may pay on a GPU, never at toy size on a CPU")
@@ -884,13 +884,13 @@ def summary(config, base_reward, rows):
     """A run in one flat dict: its settings, then what the tables need. It becomes a line of results.jsonl."""
     reward, noise = ([row[name] for row in rows if row[name] is not None] for name in ("reward", "noise_std"))
     return {name: value for name, value in vars(config).items() if name not in ("out", "resume", "jobs")} | {
-        "base reward": base_reward, "last 100 updates": float(np.mean(reward[-max(1, 100 // config.log_every) :])),
+        "base reward": base_reward, "last tenth": float(np.mean(reward[-max(1, len(rows) // 10) :])),
         "accuracy": rows[-1]["accuracy"], "largest ratio": max(row["ratio_max"] for row in rows),
         "noise (nats)": float(np.mean(noise)) if noise else 0.0, "seconds": rows[-1]["seconds"]}
 
 def report(results):
     """Results of runs (`summary`) -> table over their seeds and verdict, as lines. Every word is computed."""
-    columns = ("base reward", "last 100 updates", "accuracy", "largest ratio", "noise (nats)")
+    columns = ("base reward", "last tenth", "accuracy", "largest ratio", "noise (nats)")
     names, gain, words = labels(results), {}, []
     width = max([18, *(len(name) + 2 for name in names)])
     lines = [f"{'policy':>{width}}" + "".join(f"{title:>18}" for title in columns)]

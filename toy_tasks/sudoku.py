@@ -18,7 +18,7 @@ import numpy as np
 name = "sudoku"
 vocab = "1234."
 prompt_len, completion_len, block_size = 16, 16, 4
-defaults = {"base_accuracy": 0.3, "prompts": 16, "log_every": 40}
+defaults = {"base_accuracy": 0.3, "prompts": 16}
 
 
 def _all_grids():
