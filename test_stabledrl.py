@@ -988,6 +988,13 @@ def test_a_run_is_the_same_kind_of_thing_on_every_device(device, tmp_path):
     assert values[1] == pytest.approx(values[0], abs=1e-3)
 
 
+@pytest.mark.parametrize("masks", S.MASKS)
+def test_only_shared_masks_cancel_the_noise_of_the_ratio(masks, tmp_path):
+    """At the first update, where the weights are the old ones: log ρ̂ is 0 with shared masks, and noise with any other."""
+    ((_, (row,)),) = run(tmp_path, f"--masks {masks} --mc 2 --log_every 1 --mu 1 --updates 1").values()
+    assert (row["noise_std"] == 0) == (row["ratio_max"] == 1) == (masks == "shared")
+
+
 def test_per_token_ratios_are_the_summed_ones_over_the_length(tmp_path):
     """§8: at the first update both see the same weights and masks; the noise is measured on the same scale."""
     flags = "--log_every 1 --mu 1 --updates 1"
@@ -1465,6 +1472,8 @@ def test_no_flags_mean_the_main_job(tmp_path, monkeypatch):
         for c in configs
     )
     assert configs[0].updates >= 1200 and configs[0].masks == "independent"
+    ablations = S.parse("--loss clip_only norm_only no_ratio".split())
+    assert [c.clip_eps for c in ablations] == [5, 5, 5] and {c.estimator for c in ablations} == {"elbo"}
     product = S.parse("--loss grpo stabledrl --estimator exact mean_field --seed 3 4".split())
     assert [(c.seed, c.loss, c.estimator) for c in product] == list(
         itertools.product((3, 4), ("grpo", "stabledrl"), ("exact", "mean_field"))
