@@ -96,7 +96,9 @@ class Block(nn.Module):
                     for a, b in zip(past, (k, v)))                                               # each (N, H, T, D)
         if S > 16:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                          # (N, H, S, D)
-        else:                                               # few tokens: plain, keys before queries, is faster than fused
+        elif k.shape[2] > 32:                               # few queries: plain is faster than fused,
+            y = torch.where(mask, q / math.sqrt(q.shape[-1]) @ k.mT, -math.inf).softmax(-1) @ v
+        else:                                               # and if keys are few as well, keys before queries is
             y = torch.where(mask.mT, k @ (q / math.sqrt(q.shape[-1])).mT, -math.inf).softmax(-2).mT @ v
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), (k, v)
@@ -120,8 +122,7 @@ class BlockDiffusionTransformer(nn.Module):
         """tokens (N,S) long, positions (S,) long, mask (S,T) bool, True = may attend -> logits (N,S,vocab_size).
 
         A text that is read alone has T = S. The rest is for speed, and tested against that:
-          ask    (N,n) long, which of the S tokens of a row: logits (N,n,vocab_size) for these alone, which spares most
-                 of the last layer
+          ask    (N,n) long, which of the S tokens of a row: logits (N,n,vocab_size) of these alone; spares work at the end
           keep   a list, to which every layer appends its keys and values, a pair of (N,H,T,D)
           past   such a list, (M,H,T−S,D): what the S tokens see before themselves. Each of its rows serves N/M rows
         """
