@@ -122,7 +122,7 @@ class BlockDiffusionTransformer(nn.Module):
         """tokens (N,S) long, positions (S,) long, mask (S,T) bool, True = may attend -> logits (N,S,vocab_size).
 
         A text that is read alone has T = S. The rest is for speed, and tested against that:
-          ask    (N,n) long, which of the S tokens of a row: logits (N,n,vocab_size) of these alone; spares work at the end
+          ask    (N,n) long, which of the S tokens of a row: logits (N,n,vocab_size) of these alone
           keep   a list, to which every layer appends its keys and values, a pair of (N,H,T,D)
           past   such a list, (M,H,T−S,D): what the S tokens see before themselves. Each of its rows serves N/M rows
         """
