@@ -20,7 +20,7 @@ How to read it: §6 is the paper. §2, §3 and §5 say where the noisy ratio com
 
 Notation: the paper's symbol, the name here, its shape. θ are the weights now, "old" those that sampled the completions;
 a hat marks an estimate (ρ̂, L̂), no hat the truth (ρ); g_j is the gradient of L̂_θ(y_j).
-  q      prompts       (N, P)      rows are group-major: rows i·G .. (i+1)·G−1 share one prompt
+  q      prompts       (N/G, P)    or (N, P): rows are group-major, i·G .. (i+1)·G−1 share one prompt
   y      completions   (N, L)      L tokens in L/B blocks; in the toy task "12+34=" -> "46..", P = 6, L = 4, B = 2
   B      block_size                tokens of one block are denoised together; P and L are multiples of B
   K      copies, --mc              Monte-Carlo samples (noisy copies of y) behind one estimate; the default is 1
@@ -64,7 +64,7 @@ from toy_tasks import TASKS, decode, encode
 # positions and the attention mask. With a causal mask it would be a GPT; with the masks of §2 it is a block-diffusion
 # model. Only two details matter later: a token's position is given, not counted, so that a noisy copy can sit at the
 # positions of its original; and [MASK] has an embedding but no output, so it can be read and never written. The
-# keyword arguments of `forward` are for speed; skip them until §3 and §4 use them.
+# keyword arguments of `forward` are for speed, and change no number: `token_log_probs` (§3) is the example to read.
 
 def rotate(x, turns):
     """Rotary position embedding (Su et al. 2021): neighbouring features of x (N,S,..,D) are the two parts of a complex
@@ -91,7 +91,7 @@ class Block(nn.Module):
         if ask is not None:
             q, mask = q.take_along_dim(ask[:, None, :, None], dim=2), mask[ask][:, None]         # .., (N, 1, n, T)
             x = x.take_along_dim(ask[:, :, None], dim=1)                                         # (N, n, d_model)
-        if past is not None:                                # a row of the past serves N/M rows: copy it just as often
+        if past:                                            # a row of the past serves N/M rows: copy it just as often
             k, v = (torch.cat((a[:, None].expand(-1, N // len(a), -1, -1, -1).flatten(0, 1), b), dim=2)
                     for a, b in zip(past, (k, v)))                                               # each (N, H, T, D)
         if S > 16:
@@ -126,7 +126,7 @@ class BlockDiffusionTransformer(nn.Module):
           keep   a list, to which every layer appends its keys and values, a pair of (N,H,T,D)
           past   such a list, (M,H,T−S,D): what the S tokens see before themselves. Each of its rows serves N/M rows
         """
-        frequencies = 10_000.0 ** -torch.arange(0, 1, 2 / self.head_dim, device=tokens.device)   # (D/2,)
+        frequencies = 10_000.0 ** -(torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim)  # (D/2,)
         turns = torch.exp(1j * positions[:, None] * frequencies)[:, None, None]                  # (S, 1, 1, D/2)
         x = self.embed(tokens)                                                                   # (N, S, d_model)
         for i, block in enumerate(self.blocks):
@@ -171,7 +171,7 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 
     Source: the paper's staircase attention, the same algebra as the mask of BD3-LM (Arriola et al. 2025), with a
     prompt that is never noised and never copied. AssertionError if P or L is not a multiple of B, since training and
-    sampling would then cut the sequence into different blocks. For P = 2, L = 4, B = 2, K = 2:
+    sampling would then cut the sequence into different blocks. §3 uses one copy. For P = 2, L = 4, B = 2, K = 2:
 
                       prompt  clean     copy 1    copy 2
         prompt          # #   . . . .   . . . .   . . . .
@@ -225,8 +225,9 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
     return (rank < m).flatten(-2)                                                                # (N, K, L)
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
-    """(N,K,L) bool, K even: copy K/2 + k hides in every block what copy k shows, or all where copy k shows nothing.
+    """(N,K,L) bool, K even (asserted): in each block copy K/2 + k hides what copy k shows, or all if that shows none.
     Each copy alone is distributed as in `sample_masks`; a pair of them misses no token (ESPO's coupled sampling)."""
+    assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     masks = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = masks.unflatten(-1, (-1, block_size))                                               # (N, K/2, L/B, B)
     return torch.cat((masks, (~blocks | blocks.all(-1, keepdim=True)).flatten(-2)), dim=1)
@@ -253,7 +254,7 @@ def token_log_probs(model, prompts, completions, masks, block_size):
 
 def elbo(model, prompts, completions, masks, block_size):
     """L̂: the Monte-Carlo ELBO of log π(completion | prompt) in nats, from masks (N,K,L) -> (N,). Unbiased for
-    `exact_elbo` if the masks come from `sample_masks`. Every block of every copy must have a hidden token (m ≥ 1)."""
+    `exact_elbo` with masks of `sample_masks` or `coupled_masks`. Every block of every copy must have a hidden token."""
     log_p = token_log_probs(model, prompts, completions, masks, block_size)                      # (N, K, L)
     log_p, hidden = (x.unflatten(-1, (-1, block_size)) for x in (log_p, masks))                  # (N, K, L/B, B)
     m = hidden.sum(-1, keepdim=True)                                                             # (N, K, L/B, 1)
@@ -273,17 +274,17 @@ def elbo(model, prompts, completions, masks, block_size):
 def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random", generator=None, samples=1,
              per_step=1, threshold=math.inf, passes=None):
     """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples. order is "random" or
-    "confidence"; temperature 0 takes the likeliest. Parallel decoding: `per_step` tokens are revealed at once,
-    and with "confidence" all that are surer than `threshold`. The list `passes` gets the passes per answer, (N,) long.
+    "confidence"; temperature 0 takes the likeliest. Parallel decoding: `per_step` tokens are revealed at once, and with
+    "confidence" all places whose likeliest token exceeds `threshold`; `passes` (a list) gets passes per answer, (N,).
 
-    KV-cached: a finished block is read once, in the pass that makes the first step of the next block. ValueError for
-    another order or a negative temperature; AssertionError if P or L is not a multiple of B; FloatingPointError for a
-    model whose probabilities are not finite. §5 has the exact likelihood of order="random", temperature=1, per_step=1.
+    KV-cached: a finished block is read once, in the pass that makes the first step of the next block. ValueError,
+    AssertionError (P or L no multiple of B), FloatingPointError (probabilities that are not finite). §5 has the exact
+    likelihood of order="random", temperature=1, per_step=1.
     """
     (M, P), L, B, device = prompts.shape, completion_len, block_size, prompts.device
     assert P % B == 0 and L % B == 0, f"prompt_len {P} and completion_len {L} must be multiples of block_size {B}"
-    if order not in ("random", "confidence") or not temperature >= 0:
-        raise ValueError(f"order {order!r} must be 'random' or 'confidence', and temperature {temperature} at least 0")
+    if order not in ("random", "confidence") or not temperature >= 0 or per_step < 1:
+        raise ValueError(f"{order=}: 'random' or 'confidence'; {temperature=}: at least 0; {per_step=}: at least 1")
     N, positions, may_attend = M * samples, torch.arange(P + L, device=device), block_causal_mask(P + L, B, device)
     tokens = torch.cat((prompts.repeat_interleave(samples, 0), prompts.new_full((N, L), model.mask_id)), dim=1)
     past = []
@@ -441,7 +442,7 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size, normalise=True):
     return -per_sequence.view(-1, group_size).sum(-1).mean()
 
 # What --loss means: name -> (function(log_ratio, advantages, clip_eps, group_size), default clip_eps). Add yours here.
-# The paper's ablations are StableDRL without one of its lines, or with neither ratio nor clip: ε = 0 makes every ρ̂ 1.
+# The paper's ablations: StableDRL without line 2, without line 1 (ε = ∞), and with all ratios set to 1 (ε = 0).
 LOSSES = {
     "grpo": (lambda log_ratio, A, clip_eps, G: grpo_loss(log_ratio, A, clip_eps), 0.2),
     "stabledrl": (stabledrl_loss, 5.0),
@@ -720,7 +721,7 @@ def train(base, task, config, device):
 # Most flags take several values: all combinations are run, side by side on the cores that there are.
 
 HEADLINE = (("grpo", "elbo"), ("grpo", "exact"), ("stabledrl", "elbo"))  # (loss, estimator) of the main job
-BASE = "task seed block_size d_model n_layer n_head base_accuracy pretrain_lr pretrain_updates device bf16".split()
+BASE = "task seed block_size d_model n_layer n_head base_accuracy pretrain_lr pretrain_updates bf16 compile".split()
 
 def flag(default, text, choices=None, several=True, low=None):
     """A field of Config: its help text, whether it may take several values, and the least that is allowed."""
@@ -734,8 +735,8 @@ class Config:
     estimator: str = flag(None, "estimator of log π, §3 and §5; with --loss alone: elbo", ESTIMATORS)
     masks: str = flag("independent", "how the Monte-Carlo masks of L̂_old and L̂_θ are drawn, §3", MASKS)
     mc: int = flag(1, "K, noisy copies behind one Monte-Carlo estimate", low=1)
-    per_token: bool = flag(False, "divide log-ratios by the completion's length")
-    clip_eps: float = flag(None, "ε; default 0.2 for grpo, 5 for the others (of which two only count by it)", low=0)
+    per_token: bool = flag(False, "divide log-ratios, and so their gradient, by the completion's length")
+    clip_eps: float = flag(None, "ε; default 0.2 for grpo, 5 for others; norm_only, no_ratio do not clip by it", low=0)
     spikes: float = flag(0.0, "stress test: the share of log-ratios that are raised by log 1e5, at random")
     seed: int = flag(0, "random seed; every seed has a base policy of its own", low=0)
     updates: int = flag(1200, "optimiser steps of RL", low=1)
@@ -812,8 +813,7 @@ def parse(argv=None):
             parser.error(f"--plot: {error}{'; pip install matplotlib' * isinstance(error, ImportError)}")
     policies = list(itertools.product(given.pop("loss", ["stabledrl"]), given.pop("estimator", ["elbo"]))) \
         if given.keys() & {"loss", "estimator"} else HEADLINE
-    cuda = given.setdefault("device", "auto") == "auto" and torch.cuda.is_available()
-    given["device"] = "cuda" if cuda else given["device"].replace("auto", "cpu")
+    given["device"] = given.get("device", "auto").replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     grid = {name: values if isinstance(values, list) else [values] for name, values in {"seed": 0, **given}.items()}
     configs = []
     for values, (loss, estimator) in itertools.product(itertools.product(*grid.values()), policies):
@@ -860,16 +860,16 @@ def parallel(function, calls, jobs):
         while waiting or running:
             while waiting and len(running) < jobs:
                 i, (receive, send) = waiting.pop(), fork.Pipe(duplex=False)
-                running[receive] = i, fork.Process(target=work, args=(send, i % jobs, calls[i]))
-                running[receive][1].start()
+                (process := fork.Process(target=work, args=(send, i % jobs, calls[i]))).start()
+                running[receive] = i, process
                 send.close()                                          # so that the child's end is the only one
             for pipe in multiprocessing.connection.wait(running):
-                i, process = running.pop(pipe)
+                i, _ = running[pipe]
                 try:
                     results[i] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     results[i] = f"{function.__name__}: a process ended before it was done"
-                process.join()
+                running.pop(pipe)[1].join()
                 bar.update()
     return results
 

@@ -109,8 +109,12 @@ def test_position_matters_only_relative_to_other_positions():
     assert not torch.allclose(logits[0], logits[2], atol=1e-2)
 
 
+SHORT = torch.zeros(1, 2, dtype=torch.long), torch.arange(2), torch.ones(2, 2, dtype=torch.bool)
+
+
 def test_rotation_is_by_position_times_frequency():
     """Against the written-out 2×2 rotation: pair d of D/2 at position p turns by p·10000^(−2d/D)."""
+    assert S.BlockDiffusionTransformer(5, 196, 1, 2)(*SHORT).shape == (1, 2, 5)  # 98 features a head
     x, positions, D = torch.randn(1, 3, 2, 8, generator=seeded()), [0, 1, 5], 8
     frequencies = torch.tensor([10_000.0 ** (-2 * d / D) for d in range(D // 2)])
     turns = torch.exp(1j * torch.tensor(positions)[:, None] * frequencies)[:, None]
@@ -311,6 +315,8 @@ def test_masks_have_uniform_counts_and_uniform_places():
 
 def test_coupled_masks_are_pairs_in_which_every_token_is_hidden():
     """§3: where a copy shows something, its partner shows the rest; where it shows nothing, neither does its partner."""
+    with pytest.raises(AssertionError, match="come in pairs"):
+        S.coupled_masks(500, 3, 6, 3, seeded())
     masks = S.coupled_masks(500, 4, 6, 3, seeded())
     assert masks.shape == (500, 4, 6) and masks.dtype == torch.bool
     for n, k, b in itertools.product(range(500), range(2), range(2)):
@@ -514,7 +520,7 @@ def test_generate_depends_on_its_generator_alone_and_refuses_nonsense():
     torch.manual_seed(1)
     assert torch.equal(a, S.generate(model, prompts, 6, 2, generator=seeded(1)))
     assert not torch.equal(a, S.generate(model, prompts, 6, 2, generator=seeded(2)))
-    for bad in ({"order": "left"}, {"temperature": -1.0}, {"temperature": math.nan}):
+    for bad in ({"order": "left"}, {"temperature": -1.0}, {"temperature": math.nan}, {"per_step": 0}):
         with pytest.raises(ValueError):
             S.generate(model, prompts, 6, 2, **bad)
 
