@@ -8,7 +8,7 @@ about can be measured, and removed. Importing the file does nothing; every funct
 Why GRPO breaks on a diffusion model, in five lines:
   1. A diffusion language model writes its tokens in any order, so π(completion) is a sum over orders: intractable. Its
      log is replaced by a Monte-Carlo *estimate* L̂, and the importance ratio ρ = π_θ/π_old by ρ̂ = exp(L̂_θ − L̂_old).
-  2. exp turns the noise of L̂_θ − L̂_old into a long tail: rollouts whose true ratio is 1 get ρ̂ = 50, or 70,000.
+  2. exp turns the noise of L̂_θ − L̂_old into a long tail: rollouts whose true ratio is 1 get ρ̂ = 50, or 80,000.
   3. GRPO's clip is conditional. Where A < 0 and ρ̂ > 1+ε it does not bind: noise multiplies the gradient, unbounded.
   4. The whole update then follows that one rollout. The policy drifts, and with it, says the paper, the noise grows.
   5. The reward collapses. StableDRL (§6) clips every ratio and divides by their sum: no rollout has unbounded weight.
@@ -329,8 +329,8 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 #
 # What is wrong with an estimate, then? ELBO ≤ log π is a *bias*: small here (0.04 nats), no matter of luck, and nearly
 # gone in L̂_θ − L̂_old; estimator exact_elbo has it, and no noise. Monte-Carlo *noise* does not cancel: before any
-# update, when every true ratio is 1, log ρ̂ has a standard deviation of 2 nats with K = 1; one ρ̂ in 35 is above 50, one
-# in 1,000 above 70,000 (README). More copies lower it as 1/√K. Sharing the masks of L̂_old and L̂_θ makes most of it
+# update, when every true ratio is 1, log ρ̂ has a standard deviation of 2 nats with K = 1; one ρ̂ in 33 is above 50, one
+# in 1,000 above 80,000 (README). More copies lower it as 1/√K. Sharing the masks of L̂_old and L̂_θ makes most of it
 # cancel: do that first, wherever it can be done.
 
 def mean_field(model, prompts, completions, block_size):
