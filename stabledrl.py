@@ -912,10 +912,9 @@ def plot(folders, out):
     """Draw the logs of run folders to out/plot.svg: a line per setting, the mean over its seeds, in a band of one
     standard deviation. ValueError for a folder without a readable log."""
     import matplotlib.pyplot as plt
-    panels = {"reward": "reward", "ratio_max": "largest ratio, log10", "grad_norm": "gradient norm, log10",
-              "noise_std": "noise, nats"}
+    panels = dict(reward="reward", ratio_max="log10 largest ratio", grad_norm="log10 gradient norm", noise_std="noise")
     configs, logs = [], []
-    for path in {Path(folder).resolve(): None for folder in folders}:
+    for path in dict.fromkeys(Path(folder).resolve() for folder in folders):
         try:
             config, *rows = [json.loads(line) for line in open(path / "log.jsonl")]
             labels([config])
@@ -924,10 +923,11 @@ def plot(folders, out):
             raise ValueError(f"{path} holds no readable log.jsonl of a run ({error!r})") from None
         log[:, 2:4] = np.log10(np.maximum(log[:, 2:4], 1e-9))
         configs, logs = [*configs, config], [*logs, log]
-    names, styles = labels(configs), itertools.product(("-", "--"), "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 k".split())
+    names, colours = labels(configs), "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #000000".split()
+    styles = zip(itertools.cycle(("-", "--", "-.", ":")), itertools.cycle(colours))       # tells lines apart without colour
     plt.rcParams["svg.hashsalt"] = "stabledrl"                        # the same logs give the same file
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
-    for name, (style, colour) in zip(dict.fromkeys(names), itertools.cycle(styles)):
+    for name, (style, colour) in zip(dict.fromkeys(names), styles):
         seeds = [log for log, own in zip(logs, names) if own == name]
         seeds = np.array([log[: min(map(len, seeds))] for log in seeds])        # (seeds, length of the shortest, 5)
         mean, std = seeds.mean(0).T, seeds.std(0, ddof=int(len(seeds) > 1)).T
