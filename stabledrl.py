@@ -924,7 +924,7 @@ def plot(folders, out):
         log[:, 2:4] = np.log10(np.maximum(log[:, 2:4], 1e-9))
         configs, logs = [*configs, config], [*logs, log]
     names, colours = labels(configs), "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #000000".split()
-    styles = zip(itertools.cycle(("-", "--", "-.", ":")), itertools.cycle(colours))       # tells lines apart without colour
+    styles = zip(itertools.cycle(("-", "--", "-.", ":")), itertools.cycle(colours))  # differ in print as well
     plt.rcParams["svg.hashsalt"] = "stabledrl"                        # the same logs give the same file
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
     for name, (style, colour) in zip(dict.fromkeys(names), styles):
