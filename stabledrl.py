@@ -775,7 +775,7 @@ def problem(config):
          "--group_size × tokens and copies is at most 2^24, and 12 × --d_model² × --n_layer at most 2^32"),
         (c.out.strip(), "--out must name a folder"),
         (0 <= c.base_accuracy <= 1 and 0 <= c.spikes <= 1, "--base_accuracy and --spikes must be from 0 to 1"),
-        (c.masks != "coupled" or c.mc % 2 == 0, f"--masks coupled needs pairs: an even --mc (got {c.mc})"),
+        (c.masks != "coupled" or c.mc % 2 == 0, f"--masks coupled needs an even --mc or other --masks (got {c.mc})"),
         (c.d_model % (2 * c.n_head) == 0, f"--d_model must be a multiple of 2·--n_head (got {c.d_model}, {c.n_head})"),
         (task.prompt_len % c.block_size == task.completion_len % c.block_size == 0, "--block_size must divide both "
          f"lengths of {task.name}, {task.prompt_len} and {task.completion_len} (got {c.block_size})"),
@@ -904,8 +904,8 @@ def report(results):
         each, gain[name] = runs[:, 1] / np.maximum(runs[:, 0], 1e-9), means[1] / max(means[0], 1e-9)
         words.append(f"{name}: {gain[name]:.2f} times the base" + f" ({', '.join(f'{x:.2f}' for x in each)})" * several)
     if {"grpo / elbo", "grpo / exact"} <= set(gain):
-        shown = "So noise" if gain["grpo / elbo"] < 0.9 and gain["grpo / exact"] > 1.1 else "It is not shown that noise"
-        words.append(f"{shown} is the cause: compare GRPO on the estimated ratio and on the exact one.")
+        shown = "So" if gain["grpo / elbo"] < 0.9 and gain["grpo / exact"] > 1.1 else "It is not shown that"
+        words.append(f"{shown} the estimate is the cause: compare GRPO on the estimated ratio and on the exact one.")
     return [*lines, "", *words]
 
 def plot(folders, out):

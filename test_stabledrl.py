@@ -1140,7 +1140,7 @@ def test_runs_side_by_side_end_as_one_after_the_other_and_stop_with_their_parent
     """Two policies in two processes. SIGKILL or SIGINT to the first process alone, at a
     random moment: its children must not go on writing, and
     on SIGINT they save first; resumed, in either way, the runs are those of one process."""
-    flags = f"{LONG} --loss grpo stabledrl --estimator elbo --updates 90"
+    flags = f"{LONG} --loss grpo stabledrl --estimator elbo --updates 60"
     both = launch(f"{flags} --jobs 2 --out {tmp_path / 'both'}")
     folders = [tmp_path / "both" / f"addition-{loss}-elbo-seed3" for loss in ("grpo", "stabledrl")]
     while both.poll() is None and not all((folder / "log.jsonl").exists() for folder in folders):
@@ -1152,7 +1152,7 @@ def test_runs_side_by_side_end_as_one_after_the_other_and_stop_with_their_parent
     assert "Traceback" not in errors
     cut = [(folder / "checkpoint.pt").read_bytes() for folder in folders]
     updates = [torch.load(folder / "checkpoint.pt", weights_only=True)["update"] for folder in folders]
-    assert max(updates) < 90 and (hard or min(updates) > 0)
+    assert max(updates) < 60 and (hard or min(updates) > 0)
     time.sleep(0.3)
     assert cut == [(folder / "checkpoint.pt").read_bytes() for folder in folders]
     in_this_process(f"{flags} --jobs 2 --resume --out {tmp_path / 'both'}")
@@ -1394,7 +1394,7 @@ BAD_INPUT = {
     "--lr 1e-4 2": "--lr and --pretrain_lr must be positive and at most 1",
     "--lr 1e-4 1e-4": "every value once",
     "--out a b": "unrecognized arguments: b",
-    "--masks coupled": "--masks coupled needs pairs: an even --mc (got 1)",
+    "--masks coupled": "--masks coupled needs an even --mc or other --masks (got 1)",
     "--spikes 1.5": "--base_accuracy and --spikes must be from 0 to 1",
     "--jobs -1": "--jobs must be at least 0",
     "--bf16 yes": "unrecognized arguments: yes",
@@ -1528,10 +1528,10 @@ def test_the_verdict_follows_from_the_numbers():
 
     words = verdict(("grpo", "elbo", 0.2, low), ("grpo", "exact", 0.2, flat), ("stabledrl", "elbo", 0.2, rising))
     assert "grpo / elbo: 0.05 times the base" in words and "grpo / exact: 2.50 times the base" in words
-    assert "So noise is the cause" in words
+    assert "So the estimate is the cause" in words
     assert "stabledrl / elbo: 2.85 times the base" in words  # the mean of the last 2 of 20 rows
     words = verdict(("grpo", "elbo", 0.2, flat), ("grpo", "exact", 0.2, low), ("stabledrl", "elbo", 0.2, middle))
-    assert "So noise is the cause" not in words and "It is not shown that noise is the cause" in words
+    assert "So the estimate is the cause" not in words and "It is not shown that the estimate is the cause" in words
     two = S.report([fake_result("grpo", "elbo", 0.2, middle), fake_result("grpo", "elbo", 0.4, flat)])
     assert f"{0.3:.3f} ± {statistics.stdev([0.2, 0.4]):.3f}" in two[1]
     assert f"{0.35:.3f} ± {statistics.stdev([0.2, 0.5]):.3f}" in two[1]
@@ -1681,10 +1681,10 @@ def right_sum(prompt, completion):
 
 
 def right_chain(prompt, completion):
-    """Oracle for chain: eight ASCII digits, of which the last two are the sum of the prompt's."""
-    if len(completion) != 8 or not (completion.isascii() and completion.isdigit()):
+    """Oracle for chain: six ASCII digits, of which the last two are the sum of the prompt's."""
+    if len(completion) != 6 or not (completion.isascii() and completion.isdigit()):
         return False
-    return sum(Fraction(c) for c in prompt if c.isdigit()) == Fraction(completion[6:])
+    return sum(Fraction(c) for c in prompt if c.isdigit()) == Fraction(completion[4:])
 
 
 def right_countdown(prompt, completion):
@@ -1785,19 +1785,19 @@ def test_addition_rewards_the_sum_and_nothing_else():
 def test_chain_looks_at_the_end_alone_and_explains_the_way():
     reward, explain = TASKS["chain"].reward, TASKS["chain"].explain
     answers = {
-        "12202635": "right",
-        "12202634": "should end in 35: sum 4 should be 35, not 34",
-        "1220263.": "should be 1220",
+        "122026": "right",
+        "122025": "should end in 26: sum 3 should be 26, not 25",
+        "12202.": "should be 1220",
     }
-    answers["12002635"] = "right at the end, though sum 2 should be 20, not 00"
+    answers["120026"] = "right at the end, though sum 2 should be 20, not 00"
     for completion, words in answers.items():
-        assert explain("7+5+8+6+9=", completion).startswith(words)
-        assert reward("7+5+8+6+9=", completion) == float(completion.endswith("35"))
+        assert explain("7+5+8+6=", completion).startswith(words)
+        assert reward("7+5+8+6=", completion) == float(completion.endswith("26"))
     multisets = {
         split: {tuple(sorted(p)) for p in TASKS["chain"].sample(np.random.default_rng(0), 40_000, split)[0]}
         for split in ("train", "test")
     }
-    assert not multisets["train"] & multisets["test"] and sum(map(len, multisets.values())) == math.comb(14, 5)
+    assert not multisets["train"] & multisets["test"] and sum(map(len, multisets.values())) == math.comb(13, 4)
 
 
 def test_countdown_rewards_every_right_expression_and_a_little_what_is_well_formed():
@@ -1856,10 +1856,10 @@ def test_sudoku_rewards_right_cells_and_punishes_overwritten_givens():
     for puzzle, solution in zip(*task.sample(np.random.default_rng(1), 300, "test")):
         assert [g for g in grids if all(p in (".", c) for p, c in zip(puzzle, g))] == [solution] and puzzle.count(
             "."
-        ) == 8
+        ) == 4
         empty, given = puzzle.index("."), next(i for i, c in enumerate(puzzle) if c != ".")
         change = lambda i: solution[:i] + str(int(solution[i]) % 4 + 1) + solution[i + 1 :]
-        assert task.reward(puzzle, change(empty)) == 7 / 8 and task.reward(puzzle, change(given)) == 8 / 9
+        assert task.reward(puzzle, change(empty)) == 3 / 4 and task.reward(puzzle, change(given)) == 4 / 5
         assert task.reward(puzzle, puzzle) == 0 and "1 wrong cells, 1 of them given" in task.explain(
             puzzle, change(given)
         )

@@ -1,4 +1,4 @@
-"""Sums of five digits, with the running sums written out:   "7+5+8+6+9=" -> "12202635"   (12, 20, 26, 35)
+"""Sums of four digits, with the running sums written out:   "7+5+8+6=" -> "122026"   (12, 20, 26)
 
 Why it looks like this:
   * one running sum is one block (B = 2), with a leading zero: "09|15|..", so nothing needs padding;
@@ -14,12 +14,12 @@ import numpy as np
 
 name = "chain"
 vocab = "0123456789+="
-prompt_len, completion_len, block_size = 10, 8, 2
-defaults = {"base_accuracy": 0.3}
+prompt_len, completion_len, block_size = 8, 6, 2
+defaults = {"base_accuracy": 0.6, "masks": "coupled", "mc": 2, "lr": 3e-5}
 
-# The five digits as a multiset: 1+2+3+4+5 is held out whenever 5+4+3+2+1 is. A fixed shuffle sends one in ten to the test.
-_DIGITS = np.random.default_rng(0).permutation(list(itertools.combinations_with_replacement(range(10), 5)))
-_SPLITS = {"test": _DIGITS[:200], "train": _DIGITS[200:]}
+# The four digits as a multiset: 1+2+3+4 is held out whenever 4+3+2+1 is. A fixed shuffle sends one in seven to the test.
+_DIGITS = np.random.default_rng(0).permutation(list(itertools.combinations_with_replacement(range(10), 4)))
+_SPLITS = {"test": _DIGITS[:100], "train": _DIGITS[100:]}
 
 
 def sample(rng, n, split):
@@ -31,7 +31,7 @@ def sample(rng, n, split):
 
 def _sums(prompt):
     """The right running sums, or None where the prompt is not one of ours."""
-    if not re.fullmatch(r"[0-9](\+[0-9]){4}=", prompt):
+    if not re.fullmatch(r"[0-9](\+[0-9]){3}=", prompt):
         return None
     return [f"{total:02d}" for total in itertools.accumulate(map(int, prompt[:-1].split("+")))][1:]
 
@@ -39,7 +39,7 @@ def _sums(prompt):
 def reward(prompt, completion):
     """1.0 if the last number is the right sum, and all is two-digit numbers, else 0.0. Total: any two strings will do."""
     sums = _sums(prompt)
-    return float(sums is not None and re.fullmatch("[0-9]{8}", completion) is not None and completion[6:] == sums[-1])
+    return float(sums is not None and re.fullmatch("[0-9]{6}", completion) is not None and completion[4:] == sums[-1])
 
 
 def explain(prompt, completion):
@@ -47,11 +47,11 @@ def explain(prompt, completion):
     sums = _sums(prompt)
     if sums is None:
         return "not a prompt of this task"
-    if not re.fullmatch("[0-9]{8}", completion):
-        return f"should be {''.join(sums)}: this is not four two-digit numbers"
-    numbers = [completion[i : i + 2] for i in range(0, 8, 2)]
-    wrong = next((i for i in range(4) if numbers[i] != sums[i]), None)
+    if not re.fullmatch("[0-9]{6}", completion):
+        return f"should be {''.join(sums)}: this is not three two-digit numbers"
+    numbers = [completion[i : i + 2] for i in range(0, 6, 2)]
+    wrong = next((i for i in range(3) if numbers[i] != sums[i]), None)
     if wrong is None:
         return "right"
     first = f"sum {wrong + 1} should be {sums[wrong]}, not {numbers[wrong]}"
-    return f"right at the end, though {first}" if numbers[3] == sums[3] else f"should end in {sums[3]}: {first}"
+    return f"right at the end, though {first}" if numbers[2] == sums[2] else f"should end in {sums[2]}: {first}"
