@@ -868,7 +868,7 @@ def parallel(function, calls, jobs):
                 try:
                     results[i] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    results[i] = f"{function.__name__}: a process ended before it was done"
+                    results[i] = f"{function.__name__}: process {i + 1} of {len(calls)} ended before it was done"
                 running.pop(pipe)[1].join()
                 bar.update()
     return results

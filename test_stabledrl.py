@@ -1178,7 +1178,7 @@ def test_parallel_keeps_the_order_and_survives_a_dead_process():
         results = S.parallel(unlucky, [(i,) for i in range(4)], 2)
     finally:
         torch.set_num_threads(before)
-    assert results == [(0, 2), "unlucky: a process ended before it was done", (2, 2), (3, 2)]
+    assert results == [(0, 2), "unlucky: process 2 of 4 ended before it was done", (2, 2), (3, 2)]
     assert S.parallel(unlucky, [(2,), (0,)], 1) == [(2, before), (0, before)]
 
 
