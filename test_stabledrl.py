@@ -1506,9 +1506,10 @@ def test_flags_with_several_values_span_a_grid_with_a_folder_for_each_setting(tm
 
 def test_a_tasks_defaults_come_before_the_general_ones_and_flags_before_both(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(TASKS["addition"], "defaults", {"d_model": 32, "lr": 0.5})
-    (config,) = S.parse("--loss grpo --lr 0.25".split())
+    monkeypatch.setattr(TASKS["addition"], "defaults", {"d_model": 32, "lr": 0.5, "per_token": True, "bf16": True})
+    (config,) = S.parse("--loss grpo --lr 0.25 --no-per_token".split())
     assert (config.d_model, config.lr, config.n_layer) == (32, 0.25, S.Config.n_layer)
+    assert config.bf16 and not config.per_token
 
 
 def fake_result(loss, estimator, base, curve, **settings):
@@ -1902,8 +1903,9 @@ def test_readme_code_runs(tmp_path, monkeypatch):
 
 def test_readme_names_only_flags_that_exist():
     names = {f"--{field.name}" for field in dataclasses.fields(S.Config)} | {"--plot"}
-    assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", README)) <= names
-    assert set(re.findall(r"(?<![\w-])--[a-z_0-9]+", SOURCE)) <= names | {"--"}
+    names |= {f"--no-{field.name}" for field in dataclasses.fields(S.Config) if field.type is bool}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9-]*", README)) <= names
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9-]*", SOURCE)) <= names
 
 
 # Benchmarks, not in the default run: pytest -m bench -s ------------------------------------------------------------------
