@@ -912,13 +912,13 @@ def plot(folders, out):
     """Draw the logs of run folders to out/plot.svg: a line per setting, the mean over its seeds, in a band of one
     standard deviation. ValueError for a folder without a readable log."""
     import matplotlib.pyplot as plt
-    panels = dict(reward="reward", ratio_max="log10 largest ratio", grad_norm="log10 gradient norm", noise_std="noise")
+    panels = ("update", "reward", "log10 ratio_max", "log10 grad_norm", "noise_std", "drift")
     configs, logs = [], []
     for path in dict.fromkeys(Path(folder).resolve() for folder in folders):
         try:
             config, *rows = [json.loads(line) for line in open(path / "log.jsonl")]
             labels([config])
-            log = np.array([[row[name] for name in ("update", *panels)] for row in rows], dtype=float).reshape(-1, 5)
+            log = np.array([[row[name.split()[-1]] for name in panels] for row in rows], dtype=float).reshape(-1, 6)
         except UNREADABLE as error:
             raise ValueError(f"{path} holds no readable log.jsonl of a run ({error!r})") from None
         log[:, 2:4] = np.log10(np.maximum(log[:, 2:4], 1e-9))
@@ -926,16 +926,16 @@ def plot(folders, out):
     names, colours = labels(configs), "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #000000".split()
     styles = zip(itertools.cycle(("-", "--", "-.", ":")), itertools.cycle(colours))  # differ in print as well
     plt.rcParams["svg.hashsalt"] = "stabledrl"                        # the same logs give the same file
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 5, figsize=(16, 3.5), layout="constrained")
     for name, (style, colour) in zip(dict.fromkeys(names), styles):
         seeds = [log for log, own in zip(logs, names) if own == name]
-        seeds = np.array([log[: min(map(len, seeds))] for log in seeds])        # (seeds, length of the shortest, 5)
+        seeds = np.array([log[: min(map(len, seeds))] for log in seeds])        # (seeds, length of the shortest, 6)
         mean, std = seeds.mean(0).T, seeds.std(0, ddof=int(len(seeds) > 1)).T
-        for axis, title, y, band in zip(axes, panels.values(), mean[1:], std[1:]):
+        for axis, title, y, band in zip(axes, panels[1:], mean[1:], std[1:]):
             axis.plot(mean[0], y, style, color=colour, label=name)
             axis.fill_between(mean[0], y - band, y + band, color=colour, alpha=0.2, linewidth=0)
             axis.set(title=title, xlabel="update")
-    axes[0].legend(frameon=False, fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "plot.svg", metadata={"Date": None})
 

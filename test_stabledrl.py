@@ -1593,7 +1593,9 @@ def test_plot_draws_logged_runs_or_says_what_is_missing(tmp_path, monkeypatch, c
     if importlib.util.find_spec("matplotlib"):
         with pytest.raises(SystemExit) as stop:
             S.main(["--plot", *runs, runs[0], "--out", str(tmp_path / "figures")])
-        assert not stop.value.code and "<svg" in (tmp_path / "figures" / "plot.svg").read_text()
+        texts = re.findall("<!-- (.*) -->", (tmp_path / "figures" / "plot.svg").read_text())  # one above each text
+        wanted = "reward;log10 ratio_max;log10 grad_norm;noise_std;drift;grpo / elbo;stabledrl / elbo".split(";")
+        assert not stop.value.code and all(texts.count(text) == 1 for text in wanted)
         for content in ("", "{}", "[1]", '{"loss": 1, "estimator": 2, "seed": 3}\n{}', "[" * 100_000):
             (tmp_path / "log.jsonl").write_text(content)
             with pytest.raises(SystemExit) as stop:
