@@ -1119,7 +1119,7 @@ def test_an_interrupt_within_a_batch_changes_nothing(tmp_path, monkeypatch):
     """Stopped after update 3 of 12, in the midst of a batch of μ = 4 and before the first log line; then resumed."""
     flags = "--updates 12 --mu 4 --log_every 4 --estimator elbo"
     run(tmp_path / "whole", flags)
-    step = S.Run.step
+    step, handler = S.Run.step, signal.getsignal(signal.SIGINT)
 
     def interrupted(self, task):
         step(self, task)
@@ -1129,7 +1129,7 @@ def test_an_interrupt_within_a_batch_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(S.Run, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", flags)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.setattr(S.Run, "step", step)
     run(tmp_path / "cut", f"{flags} --resume")
     assert_same_run(*(tmp_path / out / "addition-stabledrl-elbo-seed0" for out in ("whole", "cut")))
@@ -1137,9 +1137,8 @@ def test_an_interrupt_within_a_batch_changes_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("hard", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["killed", "interrupted"])
 def test_runs_side_by_side_end_as_one_after_the_other_and_stop_with_their_parent(hard, tmp_path):
-    """Two policies in two processes. SIGKILL or SIGINT to the first process alone, at a
-    random moment: its children must not go on writing, and
-    on SIGINT they save first; resumed, in either way, the runs are those of one process."""
+    """Two policies in two processes. SIGKILL or SIGINT to the first process alone, at a random moment: its children must
+    not go on writing, and on SIGINT they save first; resumed, in either way, the runs are those of one process."""
     flags = f"{LONG} --loss grpo stabledrl --estimator elbo --updates 60"
     both = launch(f"{flags} --jobs 2 --out {tmp_path / 'both'}")
     folders = [tmp_path / "both" / f"addition-{loss}-elbo-seed3" for loss in ("grpo", "stabledrl")]
