@@ -411,9 +411,9 @@ ESTIMATORS = {
 # A weighted mean lies in the convex hull of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios.
 # One outlier may rule its own group, but no group has more than its 1 in N/G. The w are detached: else the product rule
 # would add a term with ∇w, which is no combination of the A_j·g_j. ε means two things: in GRPO a trust region, 0.2;
-# here the place where the tail is cut off, 5 in the paper. The price: good completions are pushed up further even where
-# ρ̂ > 1+ε; with an accurate ratio GRPO comes out slightly ahead (README). At ρ̂ = 1 all losses have one gradient,
-# −mean A·g: the plain policy gradient. Their *values* mean nothing.
+# here the place where the tail is cut off, 5 in the paper. The price: nothing ever stops a push. With an accurate ratio
+# GRPO is slightly ahead, and survives a learning rate that StableDRL does not (README). At ρ̂ = 1 all losses have one
+# gradient, −mean A·g: the plain policy gradient. Their *values* mean nothing.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,), group-major -> advantages (N,): minus the group's mean, over its standard deviation (GRPO).
