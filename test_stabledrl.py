@@ -1050,7 +1050,7 @@ LONG = TINY.replace("--updates 4 --log_every 2", "--updates 120 --log_every 6") 
 
 def launch(flags):
     """The real program as a process of its own, with one thread."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children would
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would this
     return subprocess.Popen(
         [sys.executable, "stabledrl.py", *flags.split()],
         cwd=HERE,
