@@ -1140,8 +1140,8 @@ def test_an_interrupt_within_a_batch_changes_nothing(tmp_path, monkeypatch):
 def test_runs_side_by_side_end_as_one_after_the_other_and_stop_with_their_parent(hard, tmp_path):
     """Two policies in two processes. SIGKILL or SIGINT to the first process alone, at a random moment: its children must
     not go on writing, and on SIGINT they save first; resumed, in either way, the runs are those of one process."""
-    flags = f"{LONG} --loss grpo stabledrl --estimator elbo --updates 60"
-    both = launch(f"{flags} --jobs 2 --out {tmp_path / 'both'}")
+    flags = f"{LONG} --loss grpo stabledrl --estimator elbo"
+    both = launch(f"{flags} --updates 1998 --jobs 2 --out {tmp_path / 'both'}")
     folders = [tmp_path / "both" / f"addition-{loss}-elbo-seed3" for loss in ("grpo", "stabledrl")]
     while both.poll() is None and not all((folder / "log.jsonl").exists() for folder in folders):
         time.sleep(0.005)
@@ -1152,7 +1152,8 @@ def test_runs_side_by_side_end_as_one_after_the_other_and_stop_with_their_parent
     assert "Traceback" not in errors
     cut = [(folder / "checkpoint.pt").read_bytes() for folder in folders]
     updates = [torch.load(folder / "checkpoint.pt", weights_only=True)["update"] for folder in folders]
-    assert max(updates) < 60 and (hard or min(updates) > 0)
+    assert max(updates) < 1998 and (hard or min(updates) > 0)
+    flags += f" --updates {max(updates) // 6 * 6 + 6}"  # on a busy machine one may be far ahead of the other
     time.sleep(0.3)
     assert cut == [(folder / "checkpoint.pt").read_bytes() for folder in folders]
     in_this_process(f"{flags} --jobs 2 --resume --out {tmp_path / 'both'}")
