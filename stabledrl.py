@@ -5,8 +5,8 @@ arXiv 2603.06743), small enough to read in an hour and to run on a laptop. It tr
 toy arithmetic with blocks so short that the likelihood can be computed exactly: so the noise that the paper reasons
 about can be measured, and removed. Importing the file does nothing; every function can be used alone.
 
-Why GRPO breaks on a diffusion model, in five lines:
-  1. A diffusion language model writes its tokens in any order, so π(completion) is a sum over orders: intractable. Its
+Why GRPO breaks on a diffusion model, in five steps:
+  1. A diffusion language model writes its tokens in any order, so π(completion) is a mean over orders: intractable. Its
      log is replaced by a Monte-Carlo *estimate* L̂, and the importance ratio ρ = π_θ/π_old by ρ̂ = exp(L̂_θ − L̂_old).
   2. exp turns the noise of L̂_θ − L̂_old into a long tail: rollouts whose true ratio is 1 get ρ̂ = 50, or 80,000.
   3. GRPO's clip is conditional. Where A < 0 and ρ̂ > 1+ε it does not bind: noise multiplies the gradient, unbounded.
@@ -226,7 +226,7 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool, K even (asserted): in each block copy K/2 + k hides what copy k shows, or all if that shows none.
-    Each copy alone is distributed as in `sample_masks`; a pair of them misses no token (ESPO's coupled sampling)."""
+    Each copy alone is distributed as in `sample_masks`; a pair of them misses no token (ESPO, arXiv 2512.03759)."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     masks = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = masks.unflatten(-1, (-1, block_size))                                               # (N, K/2, L/B, B)
@@ -393,8 +393,8 @@ ESTIMATORS = {
 # the size of the update. Both are marked below.
 #
 # There is one ratio per completion, not one per token: an ELBO belongs to the whole sequence, and sums all its noise.
-# Either loss multiplies A·∇L̂_θ by a weight and divides. GRPO minimises −mean min(ρ̂A, clip(ρ̂)A): its weight is ρ̂ where
-# the first term is the smaller, and 0 where the clipped one, a constant, is.
+# Either loss multiplies A·∇L̂_θ by a weight and divides. GRPO minimises −mean min(ρ̂A, clip(ρ̂)A). As ∇ρ̂ = ρ̂·∇L̂_θ, its
+# weight is ρ̂ where the first term is the smaller, and 0 where the clipped one, a constant, is.
 #
 #                  GRPO, A > 0      GRPO, A < 0            StableDRL, either sign
 #     ρ̂ < 1−ε      ρ̂                0                      1−ε (no such ρ̂ if ε ≥ 1)
@@ -409,11 +409,11 @@ ESTIMATORS = {
 # StableDRL clips whatever the sign of A, and divides by the weights' sum: per group of G completions of one prompt,
 #     ∇J = Σ_j w_j A_j g_j / Σ_i w_i,   w_j = clip(ρ̂_j, 1−ε, 1+ε),   g_j = ∇L̂_θ(y_j)
 # A weighted mean lies in the convex hull of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios.
-# One outlier may rule its own group, but no group has more than its 1 in N/G. The w are detached: else the product rule
-# would add a term with ∇w, which is no combination of the A_j·g_j. ε means two things: in GRPO a trust region, 0.2;
-# here the place where the tail is cut off, 5 in the paper. The price: nothing ever stops a push. With an accurate ratio
-# GRPO is slightly ahead, and survives a learning rate that StableDRL does not (README). At ρ̂ = 1 all losses have one
-# gradient, −mean A·g: the plain policy gradient. Their *values* mean nothing.
+# One outlier may rule its own group, but no group has more than its 1 in N/G, before a clip of the norm and after. The
+# w are detached: else the product rule would add a term with ∇w, which is no combination of the A_j·g_j. ε means two
+# things: in GRPO a trust region, 0.2; here the place where the tail is cut off, 5 in the paper. The price: nothing ever
+# stops a push. With an accurate ratio GRPO is slightly ahead, and survives a learning rate that StableDRL does not
+# (README). At ρ̂ = 1 all losses have one gradient, −mean A·g: the plain policy gradient. Their *values* mean nothing.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,), group-major -> advantages (N,): minus the group's mean, over its standard deviation (GRPO).
