@@ -31,7 +31,7 @@ a hat marks an estimate (ρ̂, L̂), no hat the truth (ρ); g_j is the gradient 
   A      advantages    (N,)        how much better than its group a completion was
   ε      clip_eps                  ratios are clipped to [1−ε, 1+ε]
   μ      mu                        optimiser steps ("updates") that reuse one batch of rollouts
-In shape comments S and T count tokens, H heads, D features per head. README.md has commands, results, simplifications.
+A noisy copy is a masked one; all other noise is that of L̂. In shapes, S and T count tokens, H heads, D features each.
 """
 
 import argparse
@@ -236,12 +236,12 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 MASKS = {"independent": (sample_masks, False), "shared": (sample_masks, True), "coupled": (coupled_masks, False)}
 
 def token_log_probs(model, prompts, completions, masks, block_size):
-    """log p(y_i | its noisy block, the clean text before it) for every position, hidden or not: prompts (N,P), or
-    (N/G,P) if each has G completions in a row, completions (N,L), masks (N,K,L) bool -> (N,K,L) float.
+    """log p(y_i | its noisy block, the clean text before it) at every place i, of no use where y_i is not hidden:
+    prompts (N,P), or (N/G,P) if each has G completions in a row, completions (N,L), masks (N,K,L) bool -> (N,K,L).
 
     The same numbers as one pass over [prompt | completion | K noisy copies] under `staircase_mask`, in three steps: the
-    cost grows with K, not with K². A prompt sees no completion, and that no copy: so each is read once, and its keys
-    and values are kept. No copy sees another: so each becomes a row of its own, behind what was kept.
+    cost grows with K, not with K². A prompt sees no completion, a completion no copy: so each is read once, and its
+    keys and values are kept. No copy sees another: so each becomes a row of its own, behind what was kept.
     """
     (N, K, L), P, device = masks.shape, prompts.shape[1], prompts.device
     mask, positions = staircase_mask(P, L, block_size, 1, device), staircase_positions(P, L, 1, device)
@@ -275,9 +275,9 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
              per_step=1, threshold=math.inf, passes=None):
     """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples. order is "random" or
     "confidence"; temperature 0 takes the likeliest. Parallel decoding: `per_step` tokens are revealed at once, and with
-    "confidence" all places whose likeliest token exceeds `threshold`; `passes` (a list) gets passes per answer, (N,).
+    "confidence" all places whose likeliest token exceeds `threshold`; `passes`, a list, gets how many each took, (N,).
 
-    KV-cached: a finished block is read once, in the pass that makes the first step of the next block. ValueError,
+    KV-cached: a finished block is read once, by the first pass of the next block. Raises ValueError (options),
     AssertionError (P or L no multiple of B), FloatingPointError (probabilities that are not finite). §5 has the exact
     likelihood of order="random", temperature=1, per_step=1.
     """
@@ -327,11 +327,11 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # every conditional that the model can be asked for. A weighted sum of them is the ELBO without noise; a sum over the
 # paths from "all hidden" to "none hidden" is log π itself. Real models use blocks of 32: 4 billion copies.
 #
-# What is wrong with an estimate, then? ELBO ≤ log π is a *bias*: small here (0.04 nats), no matter of luck, and nearly
+# What is wrong with an estimate, then? ELBO ≤ log π is a *bias*: small here (0.04 nats), the same at each draw, nearly
 # gone in L̂_θ − L̂_old; estimator exact_elbo has it, and no noise. Monte-Carlo *noise* does not cancel: before any
 # update, when every true ratio is 1, log ρ̂ has a standard deviation of 2 nats with K = 1; one ρ̂ in 33 is above 50, one
 # in 1,000 above 80,000 (README). More copies lower it as 1/√K; one coupled pair (§3) lowers it to 0.4, below that of
-# eight independent copies. Sharing the masks of L̂_old and L̂_θ makes most of it cancel at no cost.
+# eight independent copies. Sharing the masks of L̂_old and L̂_θ makes most of it cancel at no cost: GRPO then survives.
 
 def mean_field(model, prompts, completions, block_size):
     """The one-step proxy (N,): every block fully hidden, all its tokens scored at once, as if they were independent.
@@ -406,14 +406,14 @@ ESTIMATORS = {
 # for an exact ratio, which is rarely far from 1. For an estimate, ρ̂ = 1,000 says only that noise was 6.9 nats, and the
 # update is that one rollout. Clipping the gradient's norm makes such a step shorter, and leaves it its direction.
 #
-# StableDRL clips whatever the sign of A, and divides by the weights' sum: per group of G completions of one prompt,
-#     ∇J = Σ_j w_j A_j g_j / Σ_i w_i,   w_j = clip(ρ̂_j, 1−ε, 1+ε),   g_j = ∇L̂_θ(y_j)
+# StableDRL clips whatever the sign of A, and divides by the weights' sum. It ascends the mean over groups of
+#     ∇J = Σ_j w_j A_j g_j / Σ_j w_j,   w_j = clip(ρ̂_j, 1−ε, 1+ε),   g_j = ∇L̂_θ(y_j),   j in the group
 # A weighted mean lies in the convex hull of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios.
-# One outlier may rule its own group, but no group has more than its 1 in N/G, before a clip of the norm and after. The
-# w are detached: else the product rule would add a term with ∇w, which is no combination of the A_j·g_j. ε means two
-# things: in GRPO a trust region, 0.2; here the place where the tail is cut off, 5 in the paper. The price: nothing ever
-# stops a push. With an accurate ratio GRPO is slightly ahead, and survives a learning rate that StableDRL does not
-# (README). At ρ̂ = 1 all losses have one gradient, −mean A·g: the plain policy gradient. Their *values* mean nothing.
+# One outlier may rule its own group, but all N/G groups count alike, before a clip of the norm and after. The w are
+# detached: else the product rule would add a term with ∇w, which is no combination of the A_j·g_j. ε means two things:
+# in GRPO a trust region, 0.2; here the place where the tail is cut off, 5 in the paper. The price: with no 0 in its
+# column, what was pushed past 1±ε is pushed on. With an accurate ratio GRPO is slightly ahead, and survives a learning
+# rate that StableDRL does not (README). At ρ̂ = 1 every loss has the plain policy gradient, −mean A·g.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,), group-major -> advantages (N,): minus the group's mean, over its standard deviation (GRPO).
@@ -425,7 +425,7 @@ def group_advantages(rewards, group_size):
 
 def grpo_loss(log_ratio, advantages, clip_eps):
     """GRPO: (N,), (N,) -> scalar. The clip binds only where it lowers the objective; the divisor is the fixed N.
-    In float64: float32 ends at e^88, and there the corners that are clipped to 0 would turn into 0·∞ = NaN."""
+    In float64: float32 ends at e^88, and there a clipped corner, whose gradient is 0, would give 0·∞ = NaN."""
     ratio = log_ratio.double().exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     per_sequence = torch.minimum(ratio * advantages, clipped * advantages)
@@ -438,7 +438,7 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size, normalise=True):
     log_clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps)).view(-1, group_size)      # line 1: clip
     log_divisor = log_clipped.logsumexp(-1, keepdim=True) if normalise else math.log(group_size)        # line 2: divide
     weights = (log_clipped - log_divisor).exp().flatten()                                        # (N,)
-    per_sequence = weights * advantages * log_ratio
+    per_sequence = weights * advantages * log_ratio                   # ∇log_ratio is g; ρ̂ is in the weights
     return -per_sequence.view(-1, group_size).sum(-1).mean()
 
 # What --loss means: name -> (function(log_ratio, advantages, clip_eps, group_size), default clip_eps). Add yours here.
@@ -455,13 +455,13 @@ LOSSES = {
 # ==== §7  Diagnostics =================================================================================================
 # What it teaches: what to watch. The largest ratio and the effective sample size tell how noisy the ratios are, under
 # any loss; the gradient's norm before clipping (§8) tells what the loss makes of them. And the noise itself, estimate
-# minus truth, is what only a toy can show: here it is measured, in nats, against the exact likelihood.
+# minus truth, is what only a toy can show: here it is measured in nats, with the little bias that does not cancel.
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
     """log_ratio (N,) -> dict of floats, all about the ratios before any clipping:
 
     ratio_max      the largest ρ̂ of the batch
-    clip_fraction  the share of ρ̂ outside [1−ε, 1+ε]
+    clip_fraction  the share of ρ̂ outside [1−ε, 1+ε], whether or not the loss clips them
     ess            (Σρ̂)² / Σρ̂² of a group, averaged over groups: G if all count alike, 1 if one has all the weight
     noise_mean, noise_std, noise_p999      log ρ̂ − log ρ in nats: mean, standard deviation, 99.9th percentile;
                    only if true_log_ratio (N,) is given
@@ -506,8 +506,8 @@ class Rollouts(NamedTuple):
     reward: float                                                     # mean over the N
     masks: torch.Tensor                                               # (N, K, L) bool, those of old_log_prob
     old_log_prob: torch.Tensor                                        # (N,) L̂_old
-    old_truth: torch.Tensor | None                                    # (N,) exact, where the noise will be measured,
-    drift: float | None                                               # and KL(π_old ‖ π_base), from the same samples
+    old_truth: torch.Tensor | None                                    # (N,) exact log π_old, if noise will be measured
+    drift: float | None                                               # KL(π_old ‖ base policy), from the same samples
 
 def stream(config, name, device):
     """A torch.Generator of its own for every purpose: one more draw of masks must not change what is sampled."""
