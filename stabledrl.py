@@ -472,8 +472,7 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
     values = {
         "ratio_max": ratio.max(),
         "clip_fraction": ((ratio < 1 - clip_eps) | (ratio > 1 + clip_eps)).double().mean(),
-        "ess": (1 / share.square().sum(-1)).mean(),
-    }
+        "ess": (1 / share.square().sum(-1)).mean()}
     if true_log_ratio is not None:
         noise = log_ratio - true_log_ratio
         values["noise_mean"], values["noise_std"] = noise.mean(), noise.std(correction=0)
@@ -576,8 +575,7 @@ def collect(model, task, config, rng, sample_stream, mask_stream, reference=None
         prompts=prompts, completions=completions, reward=rewards.mean().item(), masks=hidden,
         advantages=group_advantages(rewards, config.group_size),
         old_log_prob=ESTIMATORS[config.estimator](model, prompts, completions, hidden, B),
-        old_truth=truth, drift=None if truth is None else (truth - before).mean().item(),
-    )
+        old_truth=truth, drift=None if truth is None else (truth - before).mean().item())
 
 def policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise=False):
     """One optimiser step on one batch of rollouts -> dict: reward, drift, the diagnostics of §7, and grad_norm before
@@ -653,8 +651,8 @@ class Run:
             os.replace(file.name, path)
 
     def restore(self, saved):
-        """Take up what `save` wrote. Only --updates may be another than then, if it is not fewer than are done."""
-        was = dict(saved["config"], updates=self.config.updates)
+        """Take up what `save` wrote. Of the settings only --updates may differ, down to what is done; none with --decay."""
+        was = saved["config"] | ({} if self.config.decay else {"updates": self.config.updates})
         changed = [name for name, now in self.settings.items() if was.get(name) != now]
         if changed:
             raise ValueError("; ".join(f"--{name} was {was.get(name)}, now {self.settings[name]}" for name in changed))
@@ -679,6 +677,7 @@ class Run:
         if self.update % c.mu == 1 or c.mu == 1:                      # θ_old = θ
             self.rollouts = collect(self.model, task, c, self.rng, *self.streams.values(),
                                     reference=self.reference if measure else None)
+        self.optimizer.param_groups[0]["lr"] = c.lr * (1 - c.decay * (self.update - 1) / c.updates)
         self.recent.append(policy_update(self.model, self.optimizer, self.rollouts, c, self.streams["masks"],
                                          measure_noise=measure and self.update == batch_end))
 
@@ -741,6 +740,7 @@ class Config:
     seed: int = flag(0, "random seed; every seed has a base policy of its own", low=0)
     updates: int = flag(1200, "optimiser steps of RL", low=1)
     lr: float = flag(1e-4, "learning rate of RL")
+    decay: bool = flag(False, "let the learning rate of RL fall linearly, to 0 after the last update")
     prompts: int = flag(32, "prompts per batch of rollouts", low=1)
     group_size: int = flag(8, "G, completions per prompt", low=2)
     mu: int = flag(2, "μ, updates per batch of rollouts", low=1)

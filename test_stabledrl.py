@@ -1023,6 +1023,32 @@ def test_spikes_raise_their_share_of_the_ratios(tmp_path):
     )
 
 
+def test_decay_lets_the_rate_fall_linearly_also_across_a_pause(tmp_path, monkeypatch):
+    """§8: of 4 updates the optimiser makes each at 4/4, 3/4, 2/4, 1/4 of --lr; without --decay all at --lr. Stopped in
+    between and resumed, it is the same run; another number of --updates would be another schedule, and is refused."""
+    rates, step, run_step = [], torch.optim.AdamW.step, S.Run.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self)
+    )
+    run(tmp_path / "plain", "--lr 0.01")
+    run(tmp_path / "decay", "--lr 0.01 --decay")
+    assert rates == pytest.approx([0.01] * 4 + [0.01, 0.0075, 0.005, 0.0025])
+
+    def interrupted(self, task):
+        run_step(self, task)
+        if self.update == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(S.Run, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", "--lr 0.01 --decay")
+    monkeypatch.setattr(S.Run, "step", run_step)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "cut", "--lr 0.01 --decay --updates 6 --resume")
+    run(tmp_path / "cut", "--lr 0.01 --decay --resume")
+    assert_same_run(*(tmp_path / out / "addition-stabledrl-elbo-seed0" for out in ("decay", "cut")))
+
+
 def test_drift_is_the_kl_divergence_from_the_base():
     """0 before the first update; later the mean of log π_old − log π_base over 2,000 rollouts of π_old, against the same
     sum over all 4^4 completions of the prompt: within 5 standard errors (one failure in a million by chance)."""
@@ -1339,6 +1365,7 @@ OTHER_VALUES = {
     "seed": 1,
     "updates": 6,
     "lr": 0.1,
+    "decay": "",
     "prompts": 3,
     "group_size": 4,
     "mu": 1,
