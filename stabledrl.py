@@ -2,12 +2,16 @@
 
 This file is the algorithm of *Stabilizing Reinforcement Learning for Diffusion Language Models* (Zhong et al.,
 arXiv 2603.06743), small enough to read in an hour and to run on a laptop. It trains a block-diffusion transformer on
-toy arithmetic with blocks so short that the likelihood can be computed exactly: so the noise that the paper reasons
-about can be measured, and removed. Importing the file does nothing; every function can be used alone.
+toy tasks with blocks so short that the likelihood can be computed exactly: the noise that the paper reasons about is
+measured here, and removed. Importing the file does nothing; every function can be used alone.
 
-Why GRPO breaks on a diffusion model, in five steps:
-  1. A diffusion language model writes its tokens in any order, so π(completion) is a mean over orders: intractable. Its
-     log is replaced by a Monte-Carlo *estimate* L̂, and the importance ratio ρ = π_θ/π_old by ρ̂ = exp(L̂_θ − L̂_old).
+A diffusion language model, for those who know GPTs: it is trained to fill in blanks, from the text around them. It
+writes by the same skill: start with blanks only, fill one in, look again. A *block*-diffusion model writes block after
+block from left to right, as a GPT writes tokens; only within a block the order is free. Blocks of one token: a GPT.
+
+Why GRPO breaks on such a model, in five steps:
+  1. Within a block the order is random: π(completion) is a mean over orders, intractable for long blocks. Its log is
+     replaced by a Monte-Carlo *estimate* L̂, and the importance ratio ρ = π_θ/π_old by ρ̂ = exp(L̂_θ − L̂_old).
   2. exp turns the noise of L̂_θ − L̂_old into a long tail: rollouts whose true ratio is 1 get ρ̂ = 50, or 80,000.
   3. GRPO's clip is conditional. Where A < 0 and ρ̂ > 1+ε it does not bind: noise multiplies the gradient, unbounded.
   4. The whole update then follows that one rollout. The policy drifts, and with it, says the paper, the noise grows.
@@ -15,23 +19,24 @@ Why GRPO breaks on a diffusion model, in five steps:
 
 How to read it: §6 is the paper. §2, §3 and §5 say where the noisy ratio comes from. The rest is what makes it run.
   §1 Transformer                 §4 Rollout              §7 Diagnostics
-  §2 Masks                       §5 The exact answers    §8 Training
+  §2 Attention masks             §5 The exact answers    §8 Training
   §3 Forward process and ELBO    §6 The two losses       §9 Command line
 
 Notation: the paper's symbol, the name here, its shape. θ are the weights now, "old" those that sampled the completions;
 a hat marks an estimate (ρ̂, L̂), no hat the truth (ρ); g_j is the gradient of L̂_θ(y_j).
   q      prompts       (N/G, P)    or (N, P): rows are group-major, i·G .. (i+1)·G−1 share one prompt
   y      completions   (N, L)      L tokens in L/B blocks; in the toy task "12+34=" -> "46..", P = 6, L = 4, B = 2
-  B      block_size                tokens of one block are denoised together; P and L are multiples of B
+  B      block_size                tokens per block; P and L are multiples of B
   K      copies, --mc              Monte-Carlo samples (noisy copies of y) behind one estimate; the default is 1
-  m      m                         masked tokens of one block of one noisy copy, 1 .. B
+  m      m                         hidden tokens of one block of one noisy copy, 1 .. B
   G      group_size                completions per prompt; N is a multiple of G
   L̂_θ    log_prob      (N,)        an estimate of log π_θ(y|q) in nats, summed over the tokens
   log ρ̂  log_ratio     (N,)        L̂_θ − L̂_old, one number per completion
   A      advantages    (N,)        how much better than its group a completion was
   ε      clip_eps                  ratios are clipped to [1−ε, 1+ε]
   μ      mu                        optimiser steps ("updates") that reuse one batch of rollouts
-A noisy copy is a masked one; all other noise is that of L̂. In shapes, S and T count tokens, H heads, D features each.
+An attention *mask* says who sees whom (§2), *masks* say which tokens are hidden (§3). A *noisy copy* is y with tokens
+hidden; everywhere else, *noise* is the error of L̂. In shapes, S and T count tokens, H heads, D the features of a head.
 """
 
 import argparse
@@ -60,11 +65,11 @@ from tqdm import tqdm
 from toy_tasks import TASKS, decode, encode
 
 # ==== §1  Transformer =================================================================================================
-# What it teaches: nothing in here is diffusion. This is a plain pre-norm transformer, to which somebody hands the
-# positions and the attention mask. With a causal mask it would be a GPT; with the masks of §2 it is a block-diffusion
-# model. Only two details matter later: a token's position is given, not counted, so that a noisy copy can sit at the
-# positions of its original; and [MASK] has an embedding but no output, so it can be read and never written. The
-# keyword arguments of `forward` are for speed, and change no number: `token_log_probs` (§3) is the example to read.
+# What it teaches: nothing in here is diffusion. This is a plain pre-norm transformer, which is given the positions and
+# the attention mask. With a causal mask, and targets shifted by one, it would be a GPT; with the masks of §2 it is a
+# block-diffusion model. Only two details matter later: a token's position is given, not counted, so that a noisy copy
+# can sit at the positions of its original; and [MASK] has an embedding but no output: it can be read and never written.
+# The keyword arguments of `forward` are for speed, and change no number: `token_log_probs` (§3) is the example to read.
 
 def rotate(x, turns):
     """Rotary position embedding (Su et al. 2021): neighbouring features of x (N,S,..,D) are the two parts of a complex
@@ -73,7 +78,7 @@ def rotate(x, turns):
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 class Block(nn.Module):
-    """Pre-norm transformer block: add what attention reads, then add what the MLP makes of it."""
+    """Pre-norm transformer block: add the attention's output, then the MLP's."""
     def __init__(self, d_model, n_head):
         super().__init__()
         self.n_head = n_head
@@ -91,14 +96,14 @@ class Block(nn.Module):
         if ask is not None:
             q, mask = q.take_along_dim(ask[:, None, :, None], dim=2), mask[ask][:, None]         # .., (N, 1, n, T)
             x = x.take_along_dim(ask[:, :, None], dim=1)                                         # (N, n, d_model)
-        if past:                                            # a row of the past serves N/M rows: copy it just as often
+        if past:                                            # of fewer rows, each serving N/len(a) of these: copy them
             k, v = (torch.cat((a[:, None].expand(-1, N // len(a), -1, -1, -1).flatten(0, 1), b), dim=2)
                     for a, b in zip(past, (k, v)))                                               # each (N, H, T, D)
-        if S > 16:
+        if S > 16:                                          # one result in three ways: each is the fastest on a CPU,
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                          # (N, H, S, D)
-        elif k.shape[2] > 32:                               # few queries: plain is faster than fused,
+        elif k.shape[2] > 32:                               # for few queries (plain, not fused),
             y = torch.where(mask, q / math.sqrt(q.shape[-1]) @ k.mT, -math.inf).softmax(-1) @ v
-        else:                                               # and if keys are few as well, keys before queries is
+        else:                                               # and for few keys as well (keys before queries)
             y = torch.where(mask.mT, k @ (q / math.sqrt(q.shape[-1])).mT, -math.inf).softmax(-2).mT @ v
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), (k, v)
@@ -135,28 +140,26 @@ class BlockDiffusionTransformer(nn.Module):
                 keep.append(kv)
         return F.pad(self.head(self.norm(x)).float(), (0, 1), value=-math.inf)                   # (N, S, vocab_size)
 
-
-# ==== §2  Masks =======================================================================================================
+# ==== §2  Attention masks =============================================================================================
 # What it teaches: how one pass scores every block, each given its true history, without any block seeing its answer.
 #
-# To score block b, the model must read the clean tokens before b, and a noisy version of b. Done naively that is one
+# To score block b, the model must read the clean tokens before b, and a noisy copy of b. Done naively that is one
 # pass per block. The staircase does all at once: the sequence is laid out twice, clean and noisy. The clean half gives
 # the histories, the noisy half asks the questions. A noisy token may look at clean blocks *strictly before* its own:
 # with >= in place of that one >, it would read its own answer, the loss would fall to 0, and it would learn to copy.
-# K noisy copies with different masks share the one clean half. (§3 reads part by part: the same numbers, less work.)
+# K noisy copies with different tokens hidden share the one clean half. This is the definition; `token_log_probs` (§3)
+# gets the same numbers from three smaller reads, since most of the picture below is empty.
 
 def block_causal_mask(length, block_size, device=None):
-    """(length, length) bool, True = row may attend to column: everything in the own block and in blocks before it.
+    """(length, length) bool, True = row may attend to column: everything in its own block and in blocks before it.
 
     This is the mask under which a finished sequence is read, and under which completions are sampled (§4). For
-    length 6 and block_size 2 (rows look, columns are looked at, # = may attend):
+    length 4 and block_size 2 (rows look, columns are looked at, # = may attend):
 
-        # # . . . .
-        # # . . . .
-        # # # # . .
-        # # # # . .
-        # # # # # #
-        # # # # # #
+        # # . .
+        # # . .
+        # # # #
+        # # # #
     """
     block = torch.arange(length, device=device) // block_size                                    # (length,)
     return block[:, None] >= block[None, :]
@@ -170,8 +173,8 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     """(S, S) bool, True = row may attend to column, for [prompt | clean completion | noisy copy 1 | .. | noisy copy K].
 
     Source: the paper's staircase attention, the same algebra as the mask of BD3-LM (Arriola et al. 2025), with a
-    prompt that is never noised and never copied. AssertionError if P or L is not a multiple of B, since training and
-    sampling would then cut the sequence into different blocks. §3 uses one copy. For P = 2, L = 4, B = 2, K = 2:
+    prompt that is never noised, never copied, and read block by block like the rest. AssertionError if P or L is no
+    multiple of B: training and sampling would then cut the text into different blocks. For P = 2, L = 4, B = 2, K = 2:
 
                       prompt  clean     copy 1    copy 2
         prompt          # #   . . . .   . . . .   . . . .
@@ -193,50 +196,51 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     assert P % B == 0 and L % B == 0, f"prompt_len {P} and completion_len {L} must be multiples of block_size {B}"
     block = staircase_positions(P, L, copies, device) // B                                       # (S,)
     index = torch.arange(P + L + copies * L, device=device)                                      # (S,)
-    stream = ((index - P) // L).clamp(min=0)                                                     # (S,) 0 = clean, 1..K
+    copy = ((index - P) // L).clamp(min=0)                                                       # (S,) 0 = clean, 1..K
     from_block, to_block = block[:, None], block[None, :]
-    from_stream, to_stream = stream[:, None], stream[None, :]
-    clean_to_clean = (from_stream == 0) & (to_stream == 0) & (from_block >= to_block)
-    noisy_to_clean = (from_stream > 0) & (to_stream == 0) & (from_block > to_block)             # this one must be >
-    noisy_to_own_block = (from_stream > 0) & (from_stream == to_stream) & (from_block == to_block)
+    from_copy, to_copy = copy[:, None], copy[None, :]
+    clean_to_clean = (from_copy == 0) & (to_copy == 0) & (from_block >= to_block)
+    noisy_to_clean = (from_copy > 0) & (to_copy == 0) & (from_block > to_block)                  # this one must be >
+    noisy_to_own_block = (from_copy > 0) & (from_copy == to_copy) & (from_block == to_block)
     return clean_to_clean | noisy_to_clean | noisy_to_own_block
 
-
 # ==== §3  Forward process and ELBO ====================================================================================
-# What it teaches: the noise, and the one number that is both the pretraining loss and the policy's likelihood estimate.
+# What it teaches: what is hidden, and the one number that is both the pretraining loss and the likelihood estimate.
 #
-# Noise means hiding: in every block, draw a count m uniformly from 1..B, and replace m random tokens by [MASK]. The
-# model is asked for the hidden ones. Why does that bound a likelihood? Let the model write a block token by token, in
-# random order: log π = log(mean over orders of ∏ p) ≥ mean over orders of Σ log p (Jensen). The right side needs no
-# orders: at a random step of a random order, the hidden tokens are a random set of m, m is uniform, and the next one to
-# be revealed is any of the m: mean (1/m)·Σ log p. The sum over B steps is B times their mean. Hence the weight B/m:
+# The forward process of diffusion adds noise: here, it hides tokens. In every block, draw m uniformly from 1..B, and
+# replace m random tokens by [MASK]. The model is asked for the hidden ones. Why does that bound a likelihood? Take one
+# block (blocks add up, by the chain rule):
+#   1. The model writes it in random order, so  log π = log(mean over orders of ∏ p),  a product over the B steps.
+#   2. By Jensen,  log π ≥ mean over orders of Σ log p  =  B times the mean log p of a random step of a random order.
+#   3. At a random step m tokens are still hidden, m uniform on 1..B: any m of them, and any of these comes next. So the
+#      mean log p is the mean, over m and sets of m, of (1/m)·Σ_hidden log p. Times B: hence the weight B/m.
 #
-#     ELBO(y) = E_masks  Σ_blocks  B/m · Σ_i 1[y_i masked] · log p_θ(y_i | noisy block, clean history)   ≤   log π_θ(y)
+#     ELBO(y) = E_masks  Σ_blocks  B/m · Σ_i 1[y_i hidden] · log p_θ(y_i | noisy block, clean history)   ≤   log π_θ(y)
 #
-# (the inner sum runs over the B tokens of a block, m is that block's own count). Pretraining maximises it over data. RL
-# uses a sample of it, with K draws of the masks, as L̂. One `elbo`, two jobs.
+# (the evidence lower bound; i runs over the tokens of a block, m is that block's own count). Pretraining maximises it
+# over data. RL takes a sample of it, with K draws of the masks, as L̂. One function, `elbo`, serves both.
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool, True = hidden, on the generator's device. Per block a count m ~ U{1..B}, then m random places."""
     shape, device = (num_seqs, copies, completion_len // block_size), generator.device
     m = torch.randint(1, block_size + 1, (*shape, 1), generator=generator, device=device)        # (N, K, L/B, 1)
-    noise = torch.rand(*shape, block_size, generator=generator, device=device)                   # (N, K, L/B, B)
-    rank = noise.argsort(-1).argsort(-1)                                                         # permutation of 0..B−1
+    lots = torch.rand(*shape, block_size, generator=generator, device=device)                    # (N, K, L/B, B)
+    rank = lots.argsort(-1).argsort(-1)                                                         # permutation of 0..B−1
     return (rank < m).flatten(-2)                                                                # (N, K, L)
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
-    """(N,K,L) bool, K even (asserted): in each block copy K/2 + k hides what copy k shows, or all if that shows none.
-    Each copy alone is distributed as in `sample_masks`; a pair of them misses no token (ESPO, arXiv 2512.03759)."""
+    """(N,K,L) bool, K even (asserted): in each block copy K/2 + k hides what copy k shows, or all if that shows none. A
+    pair misses no token; and alone, each copy is drawn as in `sample_masks`, for so is B−m (ESPO, arXiv 2512.03759)."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     masks = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = masks.unflatten(-1, (-1, block_size))                                               # (N, K/2, L/B, B)
     return torch.cat((masks, (~blocks | blocks.all(-1, keepdim=True)).flatten(-2)), dim=1)
 
-# What --masks means: how the masks are drawn, and whether L̂_θ uses those of L̂_old again. Add yours here.
+# What --masks means: how masks are drawn, and whether L̂_θ uses those of L̂_old again, in all μ updates. Add yours here.
 MASKS = {"independent": (sample_masks, False), "shared": (sample_masks, True), "coupled": (coupled_masks, False)}
 
 def token_log_probs(model, prompts, completions, masks, block_size):
-    """log p(y_i | its noisy block, the clean text before it) at every place i, of no use where y_i is not hidden:
+    """log p(y_i | its noisy block, the clean text before it) at every place i, meaningless where y_i is not hidden:
     prompts (N,P), or (N/G,P) if each has G completions in a row, completions (N,L), masks (N,K,L) bool -> (N,K,L).
 
     The same numbers as one pass over [prompt | completion | K noisy copies] under `staircase_mask`, in three steps: the
@@ -246,7 +250,7 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     (N, K, L), P, device = masks.shape, prompts.shape[1], prompts.device
     mask, positions = staircase_mask(P, L, block_size, 1, device), staircase_positions(P, L, 1, device)
     prompt, clean, C = [], [], P + L
-    model(prompts, positions[:P], mask[:P, :P], ask=prompts[:, :0], keep=prompt)         # asks for no logits: (N/G, 0)
+    model(prompts, positions[:P], mask[:P, :P], ask=prompts[:, :0], keep=prompt)         # (N/G, 0): asks for no logits
     model(completions, positions[P:C], mask[P:C, :C], ask=completions[:, :0], past=prompt, keep=clean)
     noisy = torch.where(masks, model.mask_id, completions[:, None]).flatten(0, 1)                # (N·K, L)
     log_p = model(noisy, positions[C:], mask[C:], past=clean).log_softmax(-1)                    # (N·K, L, vocab)
@@ -259,7 +263,6 @@ def elbo(model, prompts, completions, masks, block_size):
     log_p, hidden = (x.unflatten(-1, (-1, block_size)) for x in (log_p, masks))                  # (N, K, L/B, B)
     m = hidden.sum(-1, keepdim=True)                                                             # (N, K, L/B, 1)
     return (block_size / m * hidden * log_p).sum((-2, -1)).mean(-1)                              # (N, K) -> (N,)
-
 
 # ==== §4  Rollout =====================================================================================================
 # What it teaches: sampling, and which of its choices have a probability that somebody can compute.
@@ -275,9 +278,9 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
              per_step=1, threshold=math.inf, passes=None):
     """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples. order is "random" or
     "confidence"; temperature 0 takes the likeliest. Parallel decoding: `per_step` tokens are revealed at once, and with
-    "confidence" all places whose likeliest token exceeds `threshold`; `passes`, a list, gets how many each took, (N,).
+    "confidence" all places whose likeliest token exceeds `threshold`. The list `passes` gets each one's passes, (N,).
 
-    KV-cached: a finished block is read once, by the first pass of the next block. Raises ValueError (options),
+    KV-cached: a finished block is read once, together with the blanks of the next one. Raises ValueError (options),
     AssertionError (P or L no multiple of B), FloatingPointError (probabilities that are not finite). §5 has the exact
     likelihood of order="random", temperature=1, per_step=1.
     """
@@ -289,7 +292,7 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
     tokens = torch.cat((prompts.repeat_interleave(samples, 0), prompts.new_full((N, L), model.mask_id)), dim=1)
     past = []
     model(prompts, positions[:P], may_attend[:P, :P], ask=prompts[:, :0], keep=past)             # each prompt once
-    known, total = P, 0.0       # tokens[:, :known] are final and in the past; total is NaN if a probability ever was
+    known, total = P, 0.0       # tokens[:, :known] are in the past; total becomes NaN if a probability is, for the end
     needed = prompts.new_zeros(N)
     for start in range(P, P + L, B):
         places = torch.arange(start, start + B, device=device).expand(N, B)
@@ -319,23 +322,24 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
         raise FloatingPointError("the model's probabilities are not finite")
     return tokens[:, P:]
 
-
 # ==== §5  The exact answers ===========================================================================================
-# What it teaches: what L̂ is an estimate *of*, what the truth costs, and how much noise exp makes of the difference.
+# What it teaches: what L̂ is an estimate *of*, what the truth costs, and what exp makes of the error of L̂_θ − L̂_old.
 #
 # A block of B tokens has only 2^B − 1 ways to hide something. For B = 2 that is 3: give each a noisy copy, and get
 # every conditional that the model can be asked for. A weighted sum of them is the ELBO without noise; a sum over the
 # paths from "all hidden" to "none hidden" is log π itself. Real models use blocks of 32: 4 billion copies.
 #
-# What is wrong with an estimate, then? ELBO ≤ log π is a *bias*: small here (0.04 nats), the same at each draw, nearly
-# gone in L̂_θ − L̂_old; estimator exact_elbo has it, and no noise. Monte-Carlo *noise* does not cancel: before any
-# update, when every true ratio is 1, log ρ̂ has a standard deviation of 2 nats with K = 1; one ρ̂ in 33 is above 50, one
-# in 1,000 above 80,000 (README). More copies lower it as 1/√K; one coupled pair (§3) lowers it to 0.4, below that of
-# eight independent copies. Sharing the masks of L̂_old and L̂_θ makes most of it cancel at no cost: GRPO then survives.
+# What is wrong with an estimate, then? ELBO ≤ log π is a *bias*: 0.04 nats here, nearly gone in L̂_θ − L̂_old; estimator
+# exact_elbo has the bias, and no noise. Monte-Carlo *noise* does not cancel. Say that one of two tokens of a block is
+# certain, and the other has p = 0.01, log p = −4.6, whatever is shown. L̂ of the block is then −4.6 if both are hidden
+# (one time in two), and 0 or −9.2 if one is (one in four each): right on average, but two draws may be 9.2 nats apart,
+# a "ratio" of 10,000. Unlikely tokens make the noise, and its long tail: with equal weights and K = 1, the deviation of
+# log ρ̂ is 2 nats; one ρ̂ in 33 is above 50, one in 1,000 above 80,000 (README). More copies lower it as 1/√K; one
+# coupled pair (§3), to 0.4, beats eight copies. If L̂_old and L̂_θ share their masks, most of it cancels, at no cost.
 
 def mean_field(model, prompts, completions, block_size):
     """The one-step proxy (N,): every block fully hidden, all its tokens scored at once, as if they were independent.
-    No chance in it, but a bias: this is the log-likelihood of a sampler that writes a block in one step."""
+    Deterministic, but biased: this is the log-likelihood of a sampler that writes a block in one step."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]                         # (N, 1, L)
     return token_log_probs(model, prompts, completions, everything, block_size).sum((-2, -1))
 
@@ -352,7 +356,7 @@ def exact_elbo(model, prompts, completions, block_size):
     """The expectation of `elbo` over `sample_masks` (N,): each pattern with its probability, one pass, no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
     m = patterns.sum(-1, keepdim=True)                                                           # (2^B−1, 1)
-    ways = torch.tensor([math.comb(block_size, i) for i in range(block_size + 1)], device=m.device)[m]
+    ways = torch.tensor([math.comb(block_size, i) for i in range(block_size + 1)], device=m.device)[m]  # (2^B−1, 1)
     probability = 1 / (block_size * ways)        # one of B counts m, then one of the C(B, m) patterns with that count
     weight = probability * (block_size / m) * patterns                                           # (2^B−1, B)
     return (weight[:, None] * log_p).sum((1, 2, 3))
@@ -361,9 +365,9 @@ def exact_log_likelihood(model, prompts, completions, block_size):
     """log π(completion | prompt) of `generate` with order="random", temperature=1, in nats (N,). At least `exact_elbo`.
 
     Per block, reach[h] is the probability that the sampler, on its way, has exactly the set h still hidden and the
-    rest right. It gets there from every set with one token more, by picking that token (1/size) and writing it (p):
-        reach[h] = Σ_{i not in h}  reach[h + i] · p(y_i | h + i hidden) / |h + i|          reach[all] = 1,  π = reach[∅]
-    B·2^(B−1) additions where a sum over orders has B! terms. Sets are written as the 1-bits of an integer.
+    rest right. It gets there from any set h∪i with one token more, by picking that token (1/size) and writing it (p):
+        reach[h] = Σ_{i not in h}  reach[h∪i] · p(y_i | h∪i hidden) / |h∪i|          reach[all] = 1,  π = reach[∅]
+    B·2^(B−1) additions where a sum over orders has B! terms. Sets are the 1-bits of integers, as in `every_pattern`.
     """
     _, log_p = every_pattern(model, prompts, completions, block_size)                            # (N, 2^B−1, L/B, B)
     everything = 2**block_size - 1
@@ -387,14 +391,14 @@ ESTIMATORS = {
     "exact": lambda model, prompts, completions, masks, B: exact_log_likelihood(model, prompts, completions, B),
 }
 
-
 # ==== §6  The two losses ==============================================================================================
-# What it teaches: the corner that GRPO leaves open; line 1 of StableDRL, which closes it; and line 2, which steadies
-# the size of the update. Both are marked below.
+# What it teaches: the corner that GRPO leaves open, StableDRL's line 1, which closes it (clip always), and its line 2,
+# which fixes the size of the update (divide by the sum of the weights).
 #
-# There is one ratio per completion, not one per token: an ELBO belongs to the whole sequence, and sums all its noise.
-# Either loss multiplies A·∇L̂_θ by a weight and divides. GRPO minimises −mean min(ρ̂A, clip(ρ̂)A). As ∇ρ̂ = ρ̂·∇L̂_θ, its
-# weight is ρ̂ where the first term is the smaller, and 0 where the clipped one, a constant, is.
+# Textbook GRPO has one ratio per token. An ELBO has no such parts: a token's term depends on which others were hidden,
+# and is missing where it was not hidden itself. So there is one ratio per completion, and it sums all the noise. Either
+# loss multiplies A·∇L̂_θ by a weight and divides. GRPO minimises −mean min(ρ̂A, clip(ρ̂)A). As ∇ρ̂ = ρ̂·∇L̂_θ, its weight
+# is ρ̂ where the first term is the smaller, and 0 where the clipped one, a constant, is.
 #
 #                  GRPO, A > 0      GRPO, A < 0            StableDRL, either sign
 #     ρ̂ < 1−ε      ρ̂                0                      1−ε (no such ρ̂ if ε ≥ 1)
@@ -402,22 +406,23 @@ ESTIMATORS = {
 #     ρ̂ > 1+ε      0                ρ̂, WITHOUT BOUND       1+ε
 #     divisor      N                N                      Σ of the group's weights, then the number of groups
 #
-# GRPO's open corner is meant well: a bad completion that has become likelier must be pulled back hard. That is right
-# for an exact ratio, which is rarely far from 1. For an estimate, ρ̂ = 1,000 says only that noise was 6.9 nats, and the
-# update is that one rollout. Clipping the gradient's norm makes such a step shorter, and leaves it its direction.
+# GRPO's open corner has a reason: a bad completion that has become likelier must be pulled back hard. That is right for
+# an exact ratio, which is rarely far from 1. For an estimate, ρ̂ = 1,000 says only that noise was 6.9 nats, and the
+# update is that one rollout. Clipping the gradient's norm shortens such a step, but keeps its direction.
 #
 # StableDRL clips whatever the sign of A, and divides by the weights' sum. It ascends the mean over groups of
 #     ∇J = Σ_j w_j A_j g_j / Σ_j w_j,   w_j = clip(ρ̂_j, 1−ε, 1+ε),   g_j = ∇L̂_θ(y_j),   j in the group
-# A weighted mean lies in the convex hull of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios.
-# One outlier may rule its own group, but all N/G groups count alike, before a clip of the norm and after. The w are
-# detached: else the product rule would add a term with ∇w, which is no combination of the A_j·g_j. ε means two things:
-# in GRPO a trust region, 0.2; here the place where the tail is cut off, 5 in the paper. The price: with no 0 in its
-# column, what was pushed past 1±ε is pushed on. With an accurate ratio GRPO is slightly ahead, and survives a learning
-# rate that StableDRL does not (README). At ρ̂ = 1 every loss has the plain policy gradient, −mean A·g.
+# Line 2 makes this a weighted mean, in the convex hull of the A_j·g_j: its norm is at most max_j |A_j|·‖g_j‖, whatever
+# the ratios, and every group counts alike. Alone (norm_only), it lets one outlier take all the weight of its group.
+# Line 1 alone (clip_only) bounds each weight by 1+ε, but the size of the update swings with the ratios. The w are
+# detached: the product rule would add a term with ∇w, which leaves the hull. ε means two things: in GRPO, 0.2, a trust
+# region; here the place where the tail is cut off, 5 in the paper. The price: with no 0 in StableDRL's column, what was
+# pushed past 1±ε is pushed on. So with an accurate ratio GRPO is slightly ahead, and survives a learning rate that
+# StableDRL does not (README). At ρ̂ = 1 every loss has the plain policy gradient, −mean A·g.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,), group-major -> advantages (N,): minus the group's mean, over its standard deviation (GRPO).
-    A group whose rewards are all equal has nothing to prefer, and gets exact zeros."""
+    A group whose rewards are all equal carries no signal, and gets exact zeros."""
     groups = rewards.view(-1, group_size)                                                        # (N/G, G)
     groups = groups - groups[:, :1]                   # first, so that equal rewards cancel exactly and not to 1e-8
     centred = groups - groups.mean(-1, keepdim=True)
@@ -432,8 +437,8 @@ def grpo_loss(log_ratio, advantages, clip_eps):
     return -per_sequence.mean()
 
 def stabledrl_loss(log_ratio, advantages, clip_eps, group_size, normalise=True):
-    """StableDRL: (N,), (N,) -> scalar. The clip always binds; the divisor is the sum of the group's clipped ratios, or
-    with normalise=False their number G. In logarithms, where nothing can overflow. Mean over the groups."""
+    """StableDRL: (N,), (N,) -> scalar, a mean over groups. The clip always binds; the divisor is the sum of the group's
+    clipped ratios, or with normalise=False their number G. It works with logarithms, so that nothing can overflow."""
     log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
     log_clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps)).view(-1, group_size)      # line 1: clip
     log_divisor = log_clipped.logsumexp(-1, keepdim=True) if normalise else math.log(group_size)        # line 2: divide
@@ -442,7 +447,8 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size, normalise=True):
     return -per_sequence.view(-1, group_size).sum(-1).mean()
 
 # What --loss means: name -> (function(log_ratio, advantages, clip_eps, group_size), default clip_eps). Add yours here.
-# The paper's ablations: StableDRL without line 2, without line 1 (ε = ∞), and with all ratios set to 1 (ε = 0).
+# The paper's ablations: StableDRL without line 2, without line 1 (ε = ∞), with all ratios set to 1 (ε = 0). Where the
+# loss fixes its ε, the 5.0 beside it is only for the clip_fraction of the log.
 LOSSES = {
     "grpo": (lambda log_ratio, A, clip_eps, G: grpo_loss(log_ratio, A, clip_eps), 0.2),
     "stabledrl": (stabledrl_loss, 5.0),
@@ -451,11 +457,10 @@ LOSSES = {
     "no_ratio": (lambda log_ratio, A, clip_eps, G: stabledrl_loss(log_ratio, A, 0.0, G), 5.0),
 }
 
-
 # ==== §7  Diagnostics =================================================================================================
 # What it teaches: what to watch. The largest ratio and the effective sample size tell how noisy the ratios are, under
 # any loss; the gradient's norm before clipping (§8) tells what the loss makes of them. And the noise itself, estimate
-# minus truth, is what only a toy can show: here it is measured in nats, with the little bias that does not cancel.
+# minus truth, is what only a toy can show. It is measured in nats, and includes what is left of the ELBO's bias.
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
     """log_ratio (N,) -> dict of floats, all about the ratios before any clipping:
@@ -463,8 +468,8 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
     ratio_max      the largest ρ̂ of the batch
     clip_fraction  the share of ρ̂ outside [1−ε, 1+ε], whether or not the loss clips them
     ess            (Σρ̂)² / Σρ̂² of a group, averaged over groups: G if all count alike, 1 if one has all the weight
-    noise_mean, noise_std, noise_p999      log ρ̂ − log ρ in nats: mean, standard deviation, 99.9th percentile;
-                   only if true_log_ratio (N,) is given
+    noise_mean, noise_std, noise_p999      log ρ̂ − log ρ in nats: mean, standard deviation, 99.9th percentile (in a
+                   batch of 256 that is just below the largest); only if true_log_ratio (N,) is given
     """
     log_ratio = log_ratio.double()
     ratio = log_ratio.clamp(max=700).exp()                            # beyond e^709 is ∞, and JSON has no ∞
@@ -479,13 +484,13 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
         values["noise_p999"] = noise.quantile(0.999)
     return dict(zip(values, torch.stack(list(values.values())).tolist()))
 
-
 # ==== §8  Training ====================================================================================================
-# What it teaches: where old and new policy part. Completions are sampled, judged, and used for μ optimiser steps. At
+# What it teaches: where old and new policy diverge. Completions are sampled, scored, and used for μ optimiser steps. At
 # the first step θ = θ_old and every true ratio is 1; later it is not, and ρ corrects for that. The *estimate* ρ̂ is
 # noisy from the first step on, since L̂_old and L̂_θ draw their masks independently (--masks independent, as in the
-# paper's analysis). `config` is the flat dataclass of §9. Random streams are separate, and depend on the seed alone:
-# with one seed, all losses and estimators start from the same base and see the same prompts in the same order.
+# paper's analysis). There are three policies: the base (`reference`), where RL starts; old, which sampled this batch;
+# and `model`, in training. Random streams are separate, and depend on the seed alone: with one seed, all losses and
+# estimators start from the same base and see the same prompts in the same order. `config` is the dataclass of §9.
 
 UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
               AttributeError, OverflowError)                          # what a damaged or hostile file may raise
@@ -565,9 +570,8 @@ def collect(model, task, config, rng, sample_stream, mask_stream, reference=None
     """Sample --prompts × --group_size completions, judge them, estimate their log-probability -> Rollouts. The streams
     are those of prompts (rng), sampler, masks. With a `reference` model, also the truth, and the drift from there."""
     texts, _ = task.sample(rng, config.prompts, "train")
-    prompts, completions, rewards, _ = answer(model, task, texts, config.block_size, config.group_size,
-                                              generator=sample_stream)
     B, truth = config.block_size, None
+    prompts, completions, rewards, _ = answer(model, task, texts, B, config.group_size, generator=sample_stream)
     hidden = MASKS[config.masks][0](len(completions), config.mc, task.completion_len, B, mask_stream)
     if reference is not None:
         truth, before = (exact_log_likelihood(m, prompts, completions, B) for m in (model, reference))
@@ -585,13 +589,13 @@ def policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise
     hidden = rollouts.masks if again else draw(*rollouts.masks.shape, B, mask_stream)
     log_prob = ESTIMATORS[config.estimator](model, prompts, completions, hidden, B)              # (N,) L̂_θ
     tokens = completions.shape[1] if config.per_token else 1
-    log_ratio, truth = (log_prob - rollouts.old_log_prob) / tokens, None
+    log_ratio, true_log_ratio = (log_prob - rollouts.old_log_prob) / tokens, None
     if config.spikes:                                                 # the paper's stress test: exploding weights
         lots = torch.rand(len(log_ratio), generator=mask_stream, device=log_ratio.device)
         log_ratio = log_ratio + math.log(1e5) * (lots < config.spikes)
     if measure_noise:
         with torch.no_grad():                                                                    # (N,) log ρ
-            truth = (exact_log_likelihood(model, prompts, completions, B) - rollouts.old_truth) / tokens
+            true_log_ratio = (exact_log_likelihood(model, prompts, completions, B) - rollouts.old_truth) / tokens
     loss = LOSSES[config.loss][0](log_ratio, rollouts.advantages, config.clip_eps, config.group_size)
     optimizer.zero_grad()
     loss.backward()
@@ -603,7 +607,7 @@ def policy_update(model, optimizer, rollouts, config, mask_stream, measure_noise
                                  f"sample {worst}, {text!r}, {log_ratio[worst]:.4g}")
     optimizer.step()
     return {"reward": rollouts.reward, "drift": rollouts.drift, "grad_norm": grad_norm.item(),
-            **ratio_diagnostics(log_ratio, config.clip_eps, config.group_size, truth)}
+            **ratio_diagnostics(log_ratio, config.clip_eps, config.group_size, true_log_ratio)}
 
 def log_row(update, recent, accuracy_now, seconds):
     """One line of the log, from the values of all updates since the line before (`recent`, a list of dicts): means of
@@ -639,7 +643,7 @@ class Run:
         state = {
             "config": self.settings, "base": self.reference.state_dict(), "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "rollouts": self.rollouts and self.rollouts._asdict(),
-            "rng": self.rng.bit_generator.state, "streams": [stream.get_state() for stream in self.streams.values()],
+            "rng": self.rng.bit_generator.state, "streams": [each.get_state() for each in self.streams.values()],
             **{name: vars(self)[name] for name in ("recent", "rows", "update", "seconds")}}
         log = "".join(json.dumps(line) + "\n" for line in (self.settings, *self.rows)).encode()
         for path, write in ((self.path, lambda file: torch.save(state, file)),
@@ -651,7 +655,7 @@ class Run:
             os.replace(file.name, path)
 
     def restore(self, saved):
-        """Take up what `save` wrote. Of the settings only --updates may differ, down to what is done; none with --decay."""
+        """Restore what `save` wrote. Only --updates may differ now, down to what is done, and not with --decay."""
         was = saved["config"] | ({} if self.config.decay else {"updates": self.config.updates})
         changed = [name for name, now in self.settings.items() if was.get(name) != now]
         if changed:
@@ -660,8 +664,8 @@ class Run:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.bit_generator.state = saved["rng"]
-        for stream, state in zip(self.streams.values(), saved["streams"], strict=True):
-            stream.set_state(state.cpu())
+        for each, state in zip(self.streams.values(), saved["streams"], strict=True):
+            each.set_state(state.cpu())
         self.rollouts = saved["rollouts"] and Rollouts(**saved["rollouts"])
         self.recent, self.rows = list(saved["recent"]), list(saved["rows"])
         self.update, self.seconds = int(saved["update"]), float(saved["seconds"])
@@ -672,9 +676,9 @@ class Run:
     def step(self, task):
         """One update; before it, a fresh batch of rollouts if the last has been used μ times."""
         self.update += 1
-        c, batch_end = self.config, -(-self.update // self.config.mu) * self.config.mu
-        measure = batch_end % c.log_every == 0 and c.block_size <= MAX_EXACT_BLOCK   # at a log line; needs θ_old, now
-        if self.update % c.mu == 1 or c.mu == 1:                      # θ_old = θ
+        c, batch_end = self.config, -(-self.update // self.config.mu) * self.config.mu        # this batch's last update
+        measure = batch_end % c.log_every == 0 and c.block_size <= MAX_EXACT_BLOCK            # if that writes a line
+        if (self.update - 1) % c.mu == 0:                             # θ_old = θ: the time to get the exact log π_old
             self.rollouts = collect(self.model, task, c, self.rng, *self.streams.values(),
                                     reference=self.reference if measure else None)
         self.optimizer.param_groups[0]["lr"] = c.lr * (1 - c.decay * (self.update - 1) / c.updates)
@@ -692,7 +696,7 @@ def train(base, task, config, device):
     run.save()
     with contextlib.ExitStack() as at_end, tqdm(
             total=config.updates, initial=run.update, desc=folder.name, leave=False) as bar:
-        if threading.current_thread() is threading.main_thread():     # Ctrl-C must not fall into the midst of an update
+        if threading.current_thread() is threading.main_thread():     # Ctrl-C must not interrupt an update
             at_end.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, lambda *_: stop.append(True)))
         while run.update < config.updates:
             try:
@@ -714,10 +718,9 @@ def train(base, task, config, device):
                 raise KeyboardInterrupt
     return run.model, run.rows
 
-
 # ==== §9  Command line ================================================================================================
 # What it teaches: every number that the reader may change, once. `Config` becomes the flags, and a log's first line.
-# Most flags take several values: all combinations are run, side by side on the cores that there are.
+# Most flags take several values: all combinations are run, side by side on the available cores.
 
 HEADLINE = (("grpo", "elbo"), ("grpo", "exact"), ("stabledrl", "elbo"))  # (loss, estimator) of the main job
 BASE = "task seed block_size d_model n_layer n_head base_accuracy pretrain_lr pretrain_updates bf16 compile".split()
@@ -728,13 +731,13 @@ def flag(default, text, choices=None, several=True, low=None):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of one run; a task's own `defaults` come before these. Runs that agree in BASE share a base."""
+    """The settings of one run. A task's own `defaults` come before these; `parse` fills in what is None."""
     task: str = flag("addition", "what to learn", TASKS)
     loss: str = flag(None, "objective, §6; with --estimator alone: stabledrl", LOSSES)
     estimator: str = flag(None, "estimator of log π, §3 and §5; with --loss alone: elbo", ESTIMATORS)
     masks: str = flag("independent", "how the Monte-Carlo masks of L̂_old and L̂_θ are drawn, §3", MASKS)
     mc: int = flag(1, "K, noisy copies behind one Monte-Carlo estimate", low=1)
-    per_token: bool = flag(False, "divide log-ratios, and so their gradient, by the completion's length")
+    per_token: bool = flag(False, "ratio to the power 1/L: divide log ρ̂, and so its gradient, by the length")
     clip_eps: float = flag(None, "ε; default 0.2 for grpo, 5 for others; norm_only, no_ratio do not clip by it", low=0)
     spikes: float = flag(0.0, "stress test: the share of log-ratios that are raised by log 1e5, at random")
     seed: int = flag(0, "random seed; every seed has a base policy of its own", low=0)
@@ -841,11 +844,10 @@ def parse(argv=None):
 
 def parallel(function, calls, jobs):
     """[function(*call) for call in calls], plainly, or `jobs` at a time, each in a forked process with its share of the
-    threads. A str stands for the result of a process that died. Ctrl-C is passed on."""
+    threads, which ends if this one does. A str stands for the result of a process that died. Ctrl-C is passed on."""
     if jobs == 1:
         return [function(*call) for call in calls]
     fork, threads = multiprocessing.get_context("fork"), max(1, torch.get_num_threads() // jobs)
-
     def work(pipe, slot, call):
         signal.signal(signal.SIGINT, signal.SIG_DFL)                  # only `train` has something to save
         threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
@@ -853,7 +855,6 @@ def parallel(function, calls, jobs):
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, position=slot)
         with contextlib.suppress(KeyboardInterrupt):
             pipe.send_bytes(pickle.dumps(function(*call)))
-
     results, running, waiting = [None] * len(calls), {}, list(range(len(calls)))[::-1]
     with tqdm(total=len(calls), desc="all", position=jobs, leave=False) as bar, contextlib.ExitStack() as at_end:
         at_end.callback(lambda: [(os.kill(p.pid, signal.SIGINT), p.join()) for _, p in running.values()])
@@ -875,7 +876,7 @@ def parallel(function, calls, jobs):
 
 def labels(runs):
     """What tells runs (dicts of their settings) apart, seeds aside -> a str for each, for tables and figures."""
-    kinds = [(run["task"], run["loss"], run["estimator"]) for run in runs]
+    kinds = [(run["task"], run["loss"], run["estimator"]) for run in runs]      # a name adds what varies within a kind
     names = [field.name for field in dataclasses.fields(Config) if field.name not in ("seed", "out", "resume", "jobs")]
     varied = [name for name in names[3:] if len({(k, run[name]) for k, run in zip(kinds, runs)}) > len(set(kinds))]
     first = 0 if len({task for task, *_ in kinds}) > 1 else 1
@@ -887,7 +888,7 @@ def summary(config, base_reward, rows):
     return {name: value for name, value in vars(config).items() if name not in ("out", "resume", "jobs")} | {
         "base reward": base_reward, "last tenth": float(np.mean(reward[-max(1, len(rows) // 10) :])),
         "accuracy": rows[-1]["accuracy"], "largest ratio": max(row["ratio_max"] for row in rows),
-        "noise (nats)": float(np.mean(noise)) if noise else 0.0, "seconds": rows[-1]["seconds"]}
+        "noise (nats)": float(np.mean(noise)) if noise else None, "seconds": rows[-1]["seconds"]}
 
 def report(results):
     """Results of runs (`summary`) -> table over their seeds and verdict, as lines. Every word is computed."""
@@ -896,7 +897,7 @@ def report(results):
     width = max([18, *(len(name) + 2 for name in names)])
     lines = [f"{'policy':>{width}}" + "".join(f"{title:>18}" for title in columns)]
     for name in dict.fromkeys(names):
-        runs = np.array([[run[column] for column in columns] for run, own in zip(results, names) if own == name])
+        runs = np.array([[run[column] for column in columns] for run, own in zip(results, names) if own == name], "d")
         several = len(runs) > 1
         means, stds = runs.mean(0), runs.std(0, ddof=int(several))
         cells = [f"{m:.0e}" if m > 1e3 else f"{m:.3f}" + f" ± {s:.3f}" * several for m, s in zip(means, stds)]
@@ -969,7 +970,7 @@ def trained(config, base, base_reward):
 
 def main(argv=None):
     """Run what the command line asks for: base policies, the policies that start from them, table, verdict and answers.
-    TrainingFailed at the end if one could not be trained to its end; the others have had their turn."""
+    TrainingFailed at the end if one could not be trained to its end, after all the others have run."""
     configs, groups = parse(argv), {}
     for config in configs:
         groups.setdefault(tuple(getattr(config, name) for name in BASE), []).append(config)
@@ -987,7 +988,6 @@ def main(argv=None):
     path.write_text("".join(f"{line}\n" for line in lines))
     if failures:
         raise TrainingFailed("; ".join(failures))
-
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")                          # a terminal without ± and ρ still gets the rest
