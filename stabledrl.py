@@ -886,24 +886,24 @@ def summary(config, base_reward, rows):
     """A run in one flat dict: its settings, then what the tables need. It becomes a line of results.jsonl."""
     reward, noise = ([row[name] for row in rows if row[name] is not None] for name in ("reward", "noise_std"))
     return {name: value for name, value in vars(config).items() if name not in ("out", "resume", "jobs")} | {
-        "base reward": base_reward, "last tenth": float(np.mean(reward[-max(1, len(rows) // 10) :])),
+        "base reward": base_reward, "final reward": float(np.mean(reward[-max(1, len(rows) // 10) :])),
         "accuracy": rows[-1]["accuracy"], "largest ratio": max(row["ratio_max"] for row in rows),
         "noise (nats)": float(np.mean(noise)) if noise else None, "seconds": rows[-1]["seconds"]}
 
 def report(results):
     """Results of runs (`summary`) -> table over their seeds and verdict, as lines. Every word is computed."""
-    columns = ("base reward", "last tenth", "accuracy", "largest ratio", "noise (nats)")
+    columns = ("base reward", "final reward", "times the base", "accuracy", "largest ratio", "noise (nats)")
+    results = [{**run, "times the base": run["final reward"] / max(run["base reward"], 1e-9)} for run in results]
     names, gain, words = labels(results), {}, []
     width = max([18, *(len(name) + 2 for name in names)])
-    lines = [f"{'policy':>{width}}" + "".join(f"{title:>18}" for title in columns)]
+    lines = [f"{'policy':>{width}}" + "".join(f"{title:>16}" for title in columns)]
     for name in dict.fromkeys(names):
         runs = np.array([[run[column] for column in columns] for run, own in zip(results, names) if own == name], "d")
-        several = len(runs) > 1
+        several, gain[name] = len(runs) > 1, runs[:, 2].mean()
         means, stds = runs.mean(0), runs.std(0, ddof=int(several))
         cells = [f"{m:.0e}" if m > 1e3 else f"{m:.3f}" + f" ± {s:.3f}" * several for m, s in zip(means, stds)]
-        lines.append("".join([f"{name:>{width}}", *(f"{cell:>18}" for cell in cells)]))
-        each, gain[name] = runs[:, 1] / np.maximum(runs[:, 0], 1e-9), means[1] / max(means[0], 1e-9)
-        words.append(f"{name}: {gain[name]:.2f} times the base" + f" ({', '.join(f'{x:.2f}' for x in each)})" * several)
+        lines.append("".join([f"{name:>{width}}", *(f"{cell:>16}" for cell in cells)]))
+        words.append(f"{name}: {' / '.join(f'{times:.2f}' for times in runs[:, 2])} times the base")
     if {"grpo / elbo", "grpo / exact"} <= set(gain):
         shown = "So" if gain["grpo / elbo"] < 0.9 and gain["grpo / exact"] > 1.1 else "It is not shown that"
         words.append(f"{shown} the estimate is the cause: compare GRPO on the estimated ratio and on the exact one.")

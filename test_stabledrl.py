@@ -1584,9 +1584,10 @@ def test_the_verdict_follows_from_the_numbers():
     words = verdict(("grpo", "elbo", 0.2, flat), ("grpo", "exact", 0.2, low), ("stabledrl", "elbo", 0.2, middle))
     assert "So the estimate is the cause" not in words and "It is not shown that the estimate is the cause" in words
     two = S.report([fake_result("grpo", "elbo", 0.2, middle), fake_result("grpo", "elbo", 0.4, flat)])
+    assert f"{1.125:.3f} ± {statistics.stdev([1, 1.25]):.3f}" in two[1]  # every seed by its own base
     assert f"{0.3:.3f} ± {statistics.stdev([0.2, 0.4]):.3f}" in two[1]
     assert f"{0.35:.3f} ± {statistics.stdev([0.2, 0.5]):.3f}" in two[1]
-    assert "1.17 times the base (1.00, 1.25)" in "\n".join(two)
+    assert "grpo / elbo: 1.00 / 1.25 times the base" in two
 
 
 def test_noise_that_was_not_measured_is_no_number():
@@ -1641,7 +1642,7 @@ def test_main_prints_table_verdict_answers_and_places(tmp_path, capsys):
         and out.count(str(tmp_path)) == 6
     )
     assert out.count("answers to held-out prompts") == 3 and out.count("should be") + out.count("right") >= 15
-    assert all(word in out for word in ("base reward", "last tenth", "largest ratio", "times the base"))
+    assert all(word in out for word in ("base reward", "final reward", "largest ratio", "times the base"))
 
 
 def test_plot_draws_logged_runs_or_says_what_is_missing(tmp_path, monkeypatch, capsys):
@@ -1799,11 +1800,11 @@ def random_completions(task, references, rng, n):
     return drawn + near.view(f"<U{L}")[:, 0].tolist() + odd + (ADVERSARIAL * 1_000)[:1_000]
 
 
-@pytest.mark.parametrize("n", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [30_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_a_million_completions_cannot_fool_or_stop_the_judge(task, n):
-    """(A tenth of a million in the default run.) No exception, no reward for what an independent exact evaluator calls wrong, no right answer
-    without it, and no call above 5 ms (the best of three, for the machine may pause)."""
+    """(30,000 in the default run.) No exception, no reward for what an independent exact evaluator calls wrong, no right
+    answer without it, and no call above 5 ms (the best of three, for the machine may pause)."""
     rng = np.random.default_rng(0)
     prompts, references = task.sample(rng, 10_000, "train")
     completions = random_completions(task, references, rng, n)
