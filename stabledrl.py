@@ -225,7 +225,7 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
     shape, device = (num_seqs, copies, completion_len // block_size), generator.device
     m = torch.randint(1, block_size + 1, (*shape, 1), generator=generator, device=device)        # (N, K, L/B, 1)
     lots = torch.rand(*shape, block_size, generator=generator, device=device)                    # (N, K, L/B, B)
-    rank = lots.argsort(-1).argsort(-1)                                                         # permutation of 0..B−1
+    rank = lots.argsort(-1).argsort(-1)                                                          # permutation of 0..B−1
     return (rank < m).flatten(-2)                                                                # (N, K, L)
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):

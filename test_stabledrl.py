@@ -1948,7 +1948,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.S)
     assert len(blocks) >= 2
-    with mock.patch.dict(S.LOSSES), mock.patch.dict(S.ESTIMATORS):
+    with mock.patch.dict(S.LOSSES), mock.patch.dict(S.ESTIMATORS), mock.patch.dict(TASKS):
         for code, output in blocks:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(compile(code, "README.md", "exec"), {})
