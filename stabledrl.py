@@ -12,7 +12,7 @@ block from left to right, as a GPT writes tokens; only within a block the order 
 Why GRPO breaks on such a model, in five steps:
   1. Within a block the order is random: π(completion) is a mean over orders, intractable for long blocks. Its log is
      replaced by a Monte-Carlo *estimate* L̂, and the importance ratio ρ = π_θ/π_old by ρ̂ = exp(L̂_θ − L̂_old).
-  2. exp turns the noise of L̂_θ − L̂_old into a long tail: rollouts whose true ratio is 1 get ρ̂ = 50, or 80,000.
+  2. exp blows up the noise of L̂_θ − L̂_old: rollouts whose true ratio is 1 get ρ̂ = 50, or 80,000.
   3. GRPO's clip is conditional. Where A < 0 and ρ̂ > 1+ε it does not bind: noise multiplies the gradient, unbounded.
   4. The whole update then follows that one rollout. The policy drifts, and with it, says the paper, the noise grows.
   5. The reward collapses. StableDRL (§6) clips every ratio and divides by their sum: no rollout has unbounded weight.
@@ -23,7 +23,7 @@ How to read it: §6 is the paper. §2, §3 and §5 say where the noisy ratio com
   §3 Forward process and ELBO    §6 The two losses       §9 Command line
 
 Notation: the paper's symbol, the name here, its shape. θ are the weights now, "old" those that sampled the completions;
-a hat marks an estimate (ρ̂, L̂), no hat the truth (ρ); g_j is the gradient of L̂_θ(y_j).
+a hat marks an estimate (ρ̂ of ρ, L̂ of log π); g_j is the gradient of L̂_θ(y_j).
   q      prompts       (N/G, P)    or (N, P): rows are group-major, i·G .. (i+1)·G−1 share one prompt
   y      completions   (N, L)      L tokens in L/B blocks; in the toy task "12+34=" -> "46..", P = 6, L = 4, B = 2
   B      block_size                tokens per block; P and L are multiples of B
@@ -36,7 +36,7 @@ a hat marks an estimate (ρ̂, L̂), no hat the truth (ρ); g_j is the gradient 
   ε      clip_eps                  ratios are clipped to [1−ε, 1+ε]
   μ      mu                        optimiser steps ("updates") that reuse one batch of rollouts
 An attention *mask* says who sees whom (§2), *masks* say which tokens are hidden (§3). A *noisy copy* is y with tokens
-hidden; everywhere else, *noise* is the error of L̂. In shapes, S and T count tokens, H heads, D the features of a head.
+hidden; elsewhere, *noise* is the error of L̂ or log ρ̂. In shapes, S and T count tokens, H heads, D a head's features.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Block(nn.Module):
         if ask is not None:
             q, mask = q.take_along_dim(ask[:, None, :, None], dim=2), mask[ask][:, None]         # .., (N, 1, n, T)
             x = x.take_along_dim(ask[:, :, None], dim=1)                                         # (N, n, d_model)
-        if past:                                            # of fewer rows, each serving N/len(a) of these: copy them
+        if past:                                            # of fewer rows, len(a): repeat each N/len(a) times
             k, v = (torch.cat((a[:, None].expand(-1, N // len(a), -1, -1, -1).flatten(0, 1), b), dim=2)
                     for a, b in zip(past, (k, v)))                                               # each (N, H, T, D)
         if S > 16:                                          # one result in three ways: each is the fastest on a CPU,
@@ -207,12 +207,12 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 # ==== §3  Forward process and ELBO ====================================================================================
 # What it teaches: what is hidden, and the one number that is both the pretraining loss and the likelihood estimate.
 #
-# The forward process of diffusion adds noise: here, it hides tokens. In every block, draw m uniformly from 1..B, and
+# The forward process of diffusion corrupts a text: here it hides tokens. In every block, draw m uniformly from 1..B and
 # replace m random tokens by [MASK]. The model is asked for the hidden ones. Why does that bound a likelihood? Take one
 # block (blocks add up, by the chain rule):
 #   1. The model writes it in random order, so  log π = log(mean over orders of ∏ p),  a product over the B steps.
 #   2. By Jensen,  log π ≥ mean over orders of Σ log p  =  B times the mean log p of a random step of a random order.
-#   3. At a random step m tokens are still hidden, m uniform on 1..B: any m of them, and any of these comes next. So the
+#   3. At a random step m tokens are still hidden, m uniform on 1..B: any set of m, and any of it comes next. So the
 #      mean log p is the mean, over m and sets of m, of (1/m)·Σ_hidden log p. Times B: hence the weight B/m.
 #
 #     ELBO(y) = E_masks  Σ_blocks  B/m · Σ_i 1[y_i hidden] · log p_θ(y_i | noisy block, clean history)   ≤   log π_θ(y)
@@ -230,7 +230,7 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool, K even (asserted): in each block copy K/2 + k hides what copy k shows, or all if that shows none. A
-    pair misses no token; and alone, each copy is drawn as in `sample_masks`, for so is B−m (ESPO, arXiv 2512.03759)."""
+    pair misses no token. Either is drawn as in `sample_masks`: B−m, 0 as B, is uniform too (ESPO, arXiv 2512.03759)."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     masks = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = masks.unflatten(-1, (-1, block_size))                                               # (N, K/2, L/B, B)
@@ -278,7 +278,7 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
              per_step=1, threshold=math.inf, passes=None):
     """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples. order is "random" or
     "confidence"; temperature 0 takes the likeliest. Parallel decoding: `per_step` tokens are revealed at once, and with
-    "confidence" all places whose likeliest token exceeds `threshold`. The list `passes` gets each one's passes, (N,).
+    "confidence" all places whose likeliest token exceeds `threshold`. The list `passes` gets each row's number, (N,).
 
     KV-cached: a finished block is read once, together with the blanks of the next one. Raises ValueError (options),
     AssertionError (P or L no multiple of B), FloatingPointError (probabilities that are not finite). §5 has the exact
@@ -292,7 +292,7 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
     tokens = torch.cat((prompts.repeat_interleave(samples, 0), prompts.new_full((N, L), model.mask_id)), dim=1)
     past = []
     model(prompts, positions[:P], may_attend[:P, :P], ask=prompts[:, :0], keep=past)             # each prompt once
-    known, total = P, 0.0       # tokens[:, :known] are in the past; total becomes NaN if a probability is, for the end
+    known, total = P, 0.0       # tokens[:, :known] are in the past; total is NaN if a probability was: see the end
     needed = prompts.new_zeros(N)
     for start in range(P, P + L, B):
         places = torch.arange(start, start + B, device=device).expand(N, B)
@@ -330,12 +330,12 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # paths from "all hidden" to "none hidden" is log π itself. Real models use blocks of 32: 4 billion copies.
 #
 # What is wrong with an estimate, then? ELBO ≤ log π is a *bias*: 0.04 nats here, nearly gone in L̂_θ − L̂_old; estimator
-# exact_elbo has the bias, and no noise. Monte-Carlo *noise* does not cancel. Say that one of two tokens of a block is
+# exact_elbo has only that. Monte-Carlo *noise* does not cancel. Say that one of two tokens of a block is
 # certain, and the other has p = 0.01, log p = −4.6, whatever is shown. L̂ of the block is then −4.6 if both are hidden
 # (one time in two), and 0 or −9.2 if one is (one in four each): right on average, but two draws may be 9.2 nats apart,
-# a "ratio" of 10,000. Unlikely tokens make the noise, and its long tail: with equal weights and K = 1, the deviation of
-# log ρ̂ is 2 nats; one ρ̂ in 33 is above 50, one in 1,000 above 80,000 (README). More copies lower it as 1/√K; one
-# coupled pair (§3), to 0.4, beats eight copies. If L̂_old and L̂_θ share their masks, most of it cancels, at no cost.
+# a "ratio" of 10,000. Unlikely tokens make the noise, and its long tail: with θ = θ_old and K = 1, log ρ̂ deviates by
+# 2 nats; one ρ̂ in 33 is above 50, one in 1,000 above 80,000 (README). More copies lower it as 1/√K; one coupled pair
+# (§3), to 0.4, beats eight copies. If L̂_old and L̂_θ share masks, most of it cancels, at no cost; g stays as noisy.
 
 def mean_field(model, prompts, completions, block_size):
     """The one-step proxy (N,): every block fully hidden, all its tokens scored at once, as if they were independent.
@@ -381,7 +381,7 @@ def exact_log_likelihood(model, prompts, completions, block_size):
         log_reach[hidden] = torch.stack(paths).logsumexp(0)
     return log_reach[0].sum(-1)
 
-MAX_EXACT_BLOCK = 8  # 255 copies: above this, --estimator exact is refused, and the noise is not measured
+MAX_EXACT_BLOCK = 8  # 255 copies: above this, exact estimators are refused, and the noise is not measured
 
 # What --estimator means: name -> function(model, prompts, completions, masks, block_size) -> (N,). Add yours here.
 ESTIMATORS = {
@@ -393,7 +393,7 @@ ESTIMATORS = {
 
 # ==== §6  The two losses ==============================================================================================
 # What it teaches: the corner that GRPO leaves open, StableDRL's line 1, which closes it (clip always), and its line 2,
-# which fixes the size of the update (divide by the sum of the weights).
+# which bounds the gradient of a group (divide by the sum of its weights).
 #
 # Textbook GRPO has one ratio per token. An ELBO has no such parts: a token's term depends on which others were hidden,
 # and is missing where it was not hidden itself. So there is one ratio per completion, and it sums all the noise. Either
@@ -414,11 +414,11 @@ ESTIMATORS = {
 #     ∇J = Σ_j w_j A_j g_j / Σ_j w_j,   w_j = clip(ρ̂_j, 1−ε, 1+ε),   g_j = ∇L̂_θ(y_j),   j in the group
 # Line 2 makes this a weighted mean, in the convex hull of the A_j·g_j: its norm is at most max_j |A_j|·‖g_j‖, whatever
 # the ratios, and every group counts alike. Alone (norm_only), it lets one outlier take all the weight of its group.
-# Line 1 alone (clip_only) bounds each weight by 1+ε, but the size of the update swings with the ratios. The w are
+# Line 1 alone (clip_only) bounds each weight by 1+ε, but the gradient's size swings with the ratios. The w are
 # detached: the product rule would add a term with ∇w, which leaves the hull. ε means two things: in GRPO, 0.2, a trust
-# region; here the place where the tail is cut off, 5 in the paper. The price: with no 0 in StableDRL's column, what was
-# pushed past 1±ε is pushed on. So with an accurate ratio GRPO is slightly ahead, and survives a learning rate that
-# StableDRL does not (README). At ρ̂ = 1 every loss has the plain policy gradient, −mean A·g.
+# region; here the tail's cut at 1+ε, ε = 5 in the paper. The price: with no 0 in StableDRL's column, what has moved
+# far is pushed on. Even with the exact ratio it collapses at a learning rate at which GRPO learns; given GRPO's two
+# zeros (at 1 ± 0.2) it learns as well (README). At ρ̂ = 1 every loss has the plain policy gradient, −mean A·g.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,), group-major -> advantages (N,): minus the group's mean, over its standard deviation (GRPO).
@@ -429,7 +429,7 @@ def group_advantages(rewards, group_size):
     return (centred / (groups.std(-1, correction=0, keepdim=True) + 1e-6)).flatten()
 
 def grpo_loss(log_ratio, advantages, clip_eps):
-    """GRPO: (N,), (N,) -> scalar. The clip binds only where it lowers the objective; the divisor is the fixed N.
+    """GRPO, without KL term: (N,), (N,) -> scalar. The clip binds only where it lowers the objective; the divisor is N.
     In float64: float32 ends at e^88, and there a clipped corner, whose gradient is 0, would give 0·∞ = NaN."""
     ratio = log_ratio.double().exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -438,7 +438,7 @@ def grpo_loss(log_ratio, advantages, clip_eps):
 
 def stabledrl_loss(log_ratio, advantages, clip_eps, group_size, normalise=True):
     """StableDRL: (N,), (N,) -> scalar, a mean over groups. The clip always binds; the divisor is the sum of the group's
-    clipped ratios, or with normalise=False their number G. It works with logarithms, so that nothing can overflow."""
+    clipped ratios, or with normalise=False their number G. It works with logarithms, so that no ratio overflows."""
     log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
     log_clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps)).view(-1, group_size)      # line 1: clip
     log_divisor = log_clipped.logsumexp(-1, keepdim=True) if normalise else math.log(group_size)        # line 2: divide
@@ -458,7 +458,7 @@ LOSSES = {
 }
 
 # ==== §7  Diagnostics =================================================================================================
-# What it teaches: what to watch. The largest ratio and the effective sample size tell how noisy the ratios are, under
+# What it teaches: what to watch. The largest ratio and the effective sample size tell how far the ratios spread, under
 # any loss; the gradient's norm before clipping (§8) tells what the loss makes of them. And the noise itself, estimate
 # minus truth, is what only a toy can show. It is measured in nats, and includes what is left of the ELBO's bias.
 
