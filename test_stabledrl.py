@@ -1946,6 +1946,7 @@ def test_addition_explains_mistakes_in_words():
 def test_readme_code_runs(tmp_path, monkeypatch):
     """Every python block, each in a fresh namespace; every command line is one that the parser accepts."""
     monkeypatch.chdir(tmp_path)
+    run("main", "--log_every 4")  # runs for the block that reads checkpoints
     blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.S)
     assert len(blocks) >= 2
     with mock.patch.dict(S.LOSSES), mock.patch.dict(S.ESTIMATORS), mock.patch.dict(TASKS):
@@ -2135,6 +2136,30 @@ def test_bench_cost_of_an_update_as_length_and_copies_grow(vary):
         )
 
 
+@pytest.mark.bench
+def test_bench_noise_of_the_ratio_at_the_base_policy():
+    """README, Result 2: the base of the main job, seed 0, and 20,000 of its completions. Old and new weights are the same,
+    so the true ratio is 1, and log ρ̂, the difference of two estimates, is noise. It asserts what §5 says of it."""
+    task, config, n = TASKS["addition"], S.Config(block_size=2), 20_000
+    base, generator, deviation = S.pretrain(task, config, "cpu"), seeded(), {}
+    prompts = torch.tensor(encode(task, task.sample(np.random.default_rng(0), n, "train")[0]))
+    with torch.no_grad():
+        y = S.generate(base, prompts, 4, 2, generator=generator)
+        for name, K in (("independent", 1), ("independent", 4), ("independent", 8), ("coupled", 2)):
+            log_ratio = sum(
+                sign * S.elbo(base, prompts, y, S.MASKS[name][0](n, K, 4, 2, generator), 2).double() for sign in (1, -1)
+            )
+            often, rarely = 1 / (log_ratio.exp() > 50).double().mean(), log_ratio.exp().quantile(0.999)
+            deviation[name, K] = log_ratio.std().item()
+            print(
+                f"\n{name}, K = {K}: noise {deviation[name, K]:.2f} nats; one ρ̂ in {often:.0f} is above 50, one in 1,000 above {rarely:,.0f}"
+            )
+        bias = (S.exact_log_likelihood(base, prompts, y, 2) - S.exact_elbo(base, prompts, y, 2)).mean().item()
+    print(f"\nbias, log π − ELBO: {bias:.3f} nats")
+    assert deviation["independent", 4] == pytest.approx(deviation["independent", 1] / 2, rel=0.1)
+    assert deviation["coupled", 2] < deviation["independent", 8] and 0 < bias < 0.1
+
+
 # Learning runs, not in the default run ---------------------------------------------------------------------------------
 
 
@@ -2153,13 +2178,3 @@ def test_grpo_collapses_on_the_estimate_and_learns_on_the_exact_ratio(tmp_path):
         and final["grpo", "exact"] > base
         and final["stabledrl", "elbo"] > 3 * final["grpo", "elbo"]
     )
-
-
-@pytest.mark.slow
-def test_readme_measurements_run(tmp_path, monkeypatch):
-    """The blocks of README.md that are too long for the default run (marked py, not python) run as well."""
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```py\n(.*?)```", README, re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
