@@ -1946,7 +1946,6 @@ def test_addition_explains_mistakes_in_words():
 def test_readme_code_runs(tmp_path, monkeypatch):
     """Every python block, each in a fresh namespace; every command line is one that the parser accepts."""
     monkeypatch.chdir(tmp_path)
-    run("main", "--log_every 4")  # runs for the block that reads checkpoints
     blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.S)
     assert len(blocks) >= 2
     with mock.patch.dict(S.LOSSES), mock.patch.dict(S.ESTIMATORS), mock.patch.dict(TASKS):
@@ -1960,6 +1959,21 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         flags = re.split(r"&&|  |#|;", command)[0].split()
         if "--plot" not in flags:
             assert S.parse([*flags, "--out", str(tmp_path / str(i))])
+
+
+def test_readme_says_how_a_checkpoint_is_decoded(tmp_path, monkeypatch):
+    """The four pieces of code of Result 8, put together, on a run of four updates: 500 answers of at most 4 passes each."""
+    monkeypatch.chdir(tmp_path)
+    run("main", "--log_every 4")
+    pieces = re.findall("`([^`]*(?:S.Config|passes = |S.accuracy|S.TASKS\\[config)[^`]*)`", README)
+    assert len(pieces) == 4
+    config, passes, solved, task = (
+        piece.replace("\n", " ").replace("RUN", "addition-stabledrl-elbo-seed0") for piece in pieces
+    )
+    names = {"S": S, "torch": torch}
+    exec(f"{config}; {passes}; {task}; solved = {solved}", names)
+    assert 0 <= names["solved"] <= 1 and len(names["passes"]) == 1
+    assert names["passes"][0].shape == (500,) and names["passes"][0].max() <= 4
 
 
 def test_readme_names_only_flags_that_exist():
