@@ -417,8 +417,8 @@ ESTIMATORS = {
 # Line 1 alone (clip_only) bounds each weight by 1+ε, but the gradient's size swings with the ratios. The w are
 # detached: the product rule would add a term with ∇w, which leaves the hull. ε means two things: in GRPO, 0.2, a trust
 # region; here the tail's cut at 1+ε, ε = 5 in the paper. The price: with no 0 in StableDRL's column, what has moved
-# far is pushed on. Even with the exact ratio it collapses at a learning rate at which GRPO learns; given GRPO's two
-# zeros (at 1 ± 0.2) it learns as well (README). At ρ̂ = 1 every loss has the plain policy gradient, −mean A·g.
+# far is pushed on. Even with the exact ratio it may collapse at a learning rate at which GRPO learns; given GRPO's two
+# zeros (at 1 ± 0.2) it does not (README). At ρ̂ = 1 every loss has the plain policy gradient, −mean A·g.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,), group-major -> advantages (N,): minus the group's mean, over its standard deviation (GRPO).

@@ -1961,6 +1961,25 @@ def test_readme_code_runs(tmp_path, monkeypatch):
             assert S.parse([*flags, "--out", str(tmp_path / str(i))])
 
 
+RESULTS = sorted((HERE / ".github" / "results").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_readme_tables_are_those_of_the_kept_results(path):
+    """Every setting's times the base, mean ± deviation over its seeds by Python's own statistics, is printed in README; for
+    the few settings whose seeds are printed one by one, these. And no setting has a seed twice."""
+    results, seeds, printed = [json.loads(line) for line in path.read_text().splitlines()], {}, " ".join(README.split())
+    for label, run in zip(S.labels(results), results):
+        times = run["final reward"] / run["base reward"]
+        assert seeds.setdefault(label, {}).setdefault(run["seed"], times) is times, f"{label}: a seed stands twice"
+    for label, times in seeds.items():
+        ordered = [times[seed] for seed in sorted(times)]
+        if len(ordered) > 1 and path.stem not in ("hot", "first"):
+            summed = f"{statistics.mean(ordered):.2f} ± {statistics.stdev(ordered):.2f}"
+            each = " / ".join(f"{times:.2f}" for times in ordered)
+            assert summed in printed or each in printed, f"{label}: {summed} ({each})"
+
+
 def test_readme_says_how_a_checkpoint_is_decoded(tmp_path, monkeypatch):
     """The four pieces of code of Result 8, put together, on a run of four updates: 500 answers of at most 4 passes each."""
     monkeypatch.chdir(tmp_path)
