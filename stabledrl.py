@@ -848,7 +848,7 @@ def parallel(function, calls, jobs):
     if jobs == 1:
         return [function(*call) for call in calls]
     fork, threads = multiprocessing.get_context("fork"), max(1, torch.get_num_threads() // jobs)
-    def work(pipe, slot, call):
+    def _child(pipe, slot, call):
         signal.signal(signal.SIGINT, signal.SIG_DFL)                  # only `train` has something to save
         threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
         torch.set_num_threads(threads)
@@ -861,7 +861,7 @@ def parallel(function, calls, jobs):
         while waiting or running:
             while waiting and len(running) < jobs:
                 i, (receive, send) = waiting.pop(), fork.Pipe(duplex=False)
-                (process := fork.Process(target=work, args=(send, i % jobs, calls[i]))).start()
+                (process := fork.Process(target=_child, args=(send, i % jobs, calls[i]))).start()
                 running[receive] = i, process
                 send.close()                                          # so that the child's end is the only one
             for pipe in multiprocessing.connection.wait(running):

@@ -1045,6 +1045,20 @@ def test_spikes_raise_their_share_of_the_ratios(tmp_path):
     )
 
 
+@pytest.mark.parametrize("B", [8, 9])
+def test_noise_is_measured_at_lines_of_the_log_and_for_blocks_of_at_most_8(B, tmp_path):
+    """§8: two batches of one update each, a line after the second. Exact likelihoods of 2^9 − 1 copies are not asked for."""
+    task = types.SimpleNamespace(vocab="01", prompt_len=B, completion_len=B, reward=lambda *_: 0.0)
+    task.sample = lambda rng, n, split: (["0" * B] * n, None)
+    sizes = dict(block_size=B, prompts=1, group_size=2, mu=1, log_every=2, updates=2, d_model=8, n_layer=1, n_head=1)
+    config = S.Config(loss="grpo", estimator="elbo", clip_eps=0.2, out=str(tmp_path), **sizes)
+    run = S.Run(task, config, "cpu", S.new_model(task, config, "cpu").state_dict())
+    run.step(task)
+    run.step(task)
+    assert ["noise_std" in values for values in run.recent] == [False, B == 8]
+    assert [values["drift"] is not None for values in run.recent] == [False, B == 8]
+
+
 def test_decay_lets_the_rate_fall_linearly_also_across_a_pause(tmp_path, monkeypatch):
     """§8: of 4 updates the optimiser makes each at 4/4, 3/4, 2/4, 1/4 of --lr; without --decay all at --lr. Stopped in
     between and resumed, it is the same run; another number of --updates would be another schedule, and is refused."""
