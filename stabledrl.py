@@ -99,11 +99,11 @@ class Block(nn.Module):
         if past:                                            # of fewer rows, len(a): repeat each N/len(a) times
             k, v = (torch.cat((a[:, None].expand(-1, N // len(a), -1, -1, -1).flatten(0, 1), b), dim=2)
                     for a, b in zip(past, (k, v)))                                               # each (N, H, T, D)
-        if S > 16:                                          # one result in three ways: each is the fastest on a CPU,
+        if S > 16:                                          # one result in three ways, each the fastest on a CPU:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                          # (N, H, S, D)
-        elif k.shape[2] > 32:                               # for few queries (plain, not fused),
+        elif k.shape[2] > 32:                               # fused; plain, for few queries;
             y = torch.where(mask, q / math.sqrt(q.shape[-1]) @ k.mT, -math.inf).softmax(-1) @ v
-        else:                                               # and for few keys as well (keys before queries)
+        else:                                               # keys before queries, for few keys as well
             y = torch.where(mask.mT, k @ (q / math.sqrt(q.shape[-1])).mT, -math.inf).softmax(-2).mT @ v
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), (k, v)
