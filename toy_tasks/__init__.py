@@ -36,5 +36,7 @@ def encode(task, texts):
 
 
 def decode(task, tokens):
-    """(N, length) token ids (array, tensor or nested list) -> list of N strings."""
-    return ["".join(task.vocab[int(i)] for i in row) for row in tokens]
+    """(N, length) token ids (array, tensor or nested list) -> list of N strings. [MASK] is shown as "_"."""
+    rows = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    characters = task.vocab + "_"
+    return ["".join(characters[i] for i in row) for row in rows]

@@ -13,7 +13,7 @@ import numpy as np
 
 name, vocab = "countdown", "0123456789+-*()=,."
 prompt_len, completion_len, block_size = 8, 8, 2
-defaults = {"base_accuracy": 0.2, "d_model": 96, "prompts": 16, "masks": "coupled", "mc": 2, "lr": 3e-5}
+defaults = {"base_accuracy": 0.2, "d_model": 96, "prompts": 16, "masks": "coupled", "copies": 2, "lr": 3e-5}
 
 
 def _parse(text):
