@@ -1,48 +1,44 @@
-"""StableDRL in one file: reinforcement learning for diffusion language models, where GRPO collapses.
+"""StableDRL in one file: reinforcement learning for diffusion language models, where GRPO
+collapses. Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models,
+arXiv 2603.06743. On toy tasks the exact likelihood can be computed: the noise that the paper
+reasons about is measured.
 
-This is the algorithm of "Stabilizing Reinforcement Learning for Diffusion Language Models" (Zhong et
-al., arXiv 2603.06743) beside GRPO, which it repairs, on tasks so small that exact likelihoods can be
-computed: the noise that the paper reasons about is measured here, and can be taken away.
+What a diffusion language model is. A GPT predicts the next token from those before it. A diffusion
+language model predicts *hidden* tokens from visible ones: it learns to fill in blanks, and it
+writes by starting from blanks and filling them in, one by one, in random order. A *block*-diffusion
+model writes block after block, B tokens each, from left to right; only within a block is the order
+free. B = 1: a GPT.
 
-What a diffusion language model is. A GPT predicts the next token from the tokens before it. A diffusion
-language model predicts *hidden* tokens from the visible ones: it learns to fill in blanks, and it writes
-by starting from blanks alone and filling them in, one after the other, in random order. A *block*-
-diffusion model cuts the text into blocks of B tokens and writes block after block, from left to right;
-only within a block is the order free. With B = 1 it is a GPT.
+How rewards train it. The model is a *policy* π_θ with weights θ. It answers each prompt G times:
+these *completions* are a *group*. A judge gives each a reward; its *advantage* A says how much
+better it did than its group. Gradient ascent on Σ A·log π_θ makes the better ones likelier. That is
+right for the policy that wrote them ("old"); after one step the policy is another. To use
+completions for several steps, PPO and GRPO weigh each by the *importance ratio* ρ =
+π_θ(completion)/π_old(completion).
 
-How rewards train it. The model is a *policy* π_θ with weights θ. It answers each prompt G times; an
-answer is called a *completion*, the completions of one prompt are its *group*. A judge gives each a
-reward; its *advantage* A says how much better it did than its group. Gradient ascent on Σ A·log π_θ makes
-the better ones likelier, the others less likely. That is right for the policy that wrote them ("old"),
-and after one step the policy is another. To use completions for several steps, PPO and GRPO weigh each
-by its *importance ratio* ρ = π_θ(completion)/π_old(completion), which is 1 at the first step.
-
-Why GRPO breaks on a diffusion model:
-  1. The order within a block is random, so a completion's probability is a mean over orders: B! per
-     block, too many for a real B of 32. In place of log π one takes a random *estimate* L̂ of it (§3), and
-     in place of ρ the estimate ρ̂ = exp(L̂_θ − L̂_old).
+Why GRPO breaks on such a model:
+  1. The order within a block is random, so π(completion) is a mean over B! orders per block: too many for
+     a real B of 32. One takes a random *estimate* L̂ of log π (§3), and ρ̂ = exp(L̂_θ − L̂_old) for ρ.
   2. exp magnifies noise: completions with ρ = 1 get ρ̂ = 50, or 80,000 (§5).
-  3. GRPO clips ρ̂ to [1−ε, 1+ε], but not always: for a bad completion (A < 0) with a large ρ̂ its clip does
-     nothing (§6), and the gradient of this completion is multiplied by 80,000.
-  4. The whole step follows that one completion: the policy drifts away, and the reward collapses.
-StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a group
-by their sum. No completion can have more weight than its group.
-
-How to read it: §6 is the paper. `train` in §8 is the loop, in four numbered steps. §2, §3 and §5 say
-where the noisy ratio comes from. §1 is an ordinary transformer, §9 a command line.
+  3. GRPO clips ρ̂ to [1−ε, 1+ε], but where A < 0 and ρ̂ is large its clip does nothing (§6): the gradient
+     of this one completion is multiplied by 80,000.
+  4. The whole step follows it: the policy drifts away, and the reward collapses.
+StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
+group by their sum. To see them at work, read §6 and then `train` in §8, the loop in four numbered
+steps.
   §1 Transformer                 §4 Rollout              §7 Diagnostics
   §2 Attention masks             §5 The exact answers    §8 Training
   §3 Forward process and ELBO    §6 The losses           §9 Command line
 
 Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
-  q      prompts      (M, P)     M prompts of P tokens. In the toy task of addition, "12+34="
-  y      completions  (N, L)     N = M·G completions of L tokens, "46..": rows i·G .. i·G+G−1 answer prompt i
+  q      prompts      (M, P)     M prompts of P tokens; in the toy task of addition, "12+34="
+  y      completions  (N, L)     N = M·G, L tokens each, "46.."; rows i·G .. i·G+G−1 answer prompt i
   B      block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
   G      group_size              completions per prompt
-  K      copies                  copies of y with random tokens hidden ("noisy copies") behind one estimate
-         masks        (N, K, L)  which tokens of a copy are hidden, that is replaced by the token [MASK]
+  K      copies                  copies of y with random tokens hidden ("noisy copies") per estimate
+         masks        (N, K, L)  True where a copy has the token [MASK] in place of its own
   m      m                       how many tokens of a block are hidden, 1..B
-  L̂_θ    log_prob     (N,)       estimate of log π_θ(y|q); a natural logarithm, so its unit is nats
+  L̂_θ    log_prob     (N,)       estimate of log π_θ(y|q) in nats (natural logarithm)
   log ρ̂  log_ratio    (N,)       L̂_θ − L̂_old: one number per completion, not one per token
   A      advantages   (N,)       reward relative to the group
   ε      clip_eps                ratios are clipped to [1−ε, 1+ε]
@@ -52,17 +48,20 @@ Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
 
 import argparse
 import collections
-import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -74,23 +73,23 @@ from tqdm import tqdm
 from toy_tasks import TASKS, decode, encode
 
 # ==== §1  Transformer =============================================================================
-# What it teaches: nothing in here is diffusion. This is an ordinary transformer, to which the attention
-# mask (who may look at whom) is given. With a causal mask, and targets shifted by one, it would be a GPT;
-# with the masks of §2 it is a block-diffusion model. Three details matter later. A token's position is
-# given, not counted, so that a noisy copy can sit at the positions of its original. [MASK] has an
-# embedding and no output: it can be read, never written. And `read` returns the keys and values of what
-# it has read (the *cache*), so that a text that stands before other tokens need not be read again.
-# In shapes, S counts the tokens read now, T these and the cached ones, H heads, D a head's features.
+# What it teaches: nothing in here is diffusion. This is an ordinary transformer that is given its
+# attention mask (who may look at whom): a causal one would make it a GPT, those of §2 make it a
+# block-diffusion model. Three details matter later. A token's position is given, not counted, so
+# that a noisy copy can sit at the positions of its original. [MASK] can be read and never written.
+# `read` returns the keys and values of what it has read (the *cache*): a text need not be read
+# twice. In shapes: S tokens are read now, T is S plus the cached ones before; H heads of D
+# features.
 
 def rotate(x, turns):
-    """Rotary position embedding (Su et al. 2021): (..,S,D), turns (S,D/2) complex -> (..,S,D). Pairs of
-    features are taken as complex numbers and turned by an angle that grows with the position."""
+    """Rotary position embedding (Su et al. 2021), (..,S,D) -> (..,S,D): pairs of features, as
+    complex numbers, are turned by an angle that grows with the position; turns (S,D/2) has length
+    1."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # (.., S, D/2)
     return torch.view_as_real(pairs * turns).flatten(-2)
 
 class Layer(nn.Module):
     """One layer of a pre-norm transformer: add what attention says, then what the MLP says."""
-
     def __init__(self, d_model, n_head):
         super().__init__()
         self.n_head = n_head
@@ -102,14 +101,14 @@ class Layer(nn.Module):
             nn.Linear(d_model, 4 * d_model), nn.ReLU(), nn.Linear(4 * d_model, d_model))
 
     def forward(self, x, turns, mask, cache, start):
-        """x (N,S,d_model), mask (S,T), cache (2,M,H,T−S,D) or None -> (N,S−start,d_model), for the tokens
-        from `start` on, and the new cache (2,N,H,T,D): keys and values of all T tokens."""
-        N, S, _ = x.shape
-        qkv = self.qkv(self.norm1(x)).view(N, S, 3, self.n_head, -1)
+        """x (N,S,d_model), mask (S,T), cache (2,M,H,T−S,D) or None -> (N,S−start,d_model), for the
+        tokens from `start` on, and keys and values of all T tokens, the new cache (2,N,H,T,D)."""
+        N = len(x)
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
         keys_values = torch.stack((rotate(k, turns), v))  # (2, N, H, S, D)
         if cache is not None:
-            cache = cache.repeat_interleave(N // cache.shape[1], dim=1)  # each row is for N/M rows of x
+            cache = cache.repeat_interleave(N // cache.shape[1], dim=1)  # one row for N/M of x
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
         q = rotate(q, turns)[:, :, start:]
         y = F.scaled_dot_product_attention(q, *keys_values, attn_mask=mask[start:])
@@ -119,10 +118,9 @@ class Layer(nn.Module):
 class BlockDiffusionTransformer(nn.Module):
     """Predicts every token at its own place (no shift by one) from whatever the mask lets it see.
     vocab_size counts [MASK], the last id. AssertionError if d_model is no multiple of 2·n_head."""
-
     def __init__(self, vocab_size, d_model=64, n_layer=2, n_head=4):
         super().__init__()
-        assert d_model % (2 * n_head) == 0, f"d_model {d_model} is no multiple of 2·n_head = {2 * n_head}"
+        assert d_model % (2 * n_head) == 0, f"d_model {d_model} is no multiple of 2·{n_head} heads"
         self.mask_id = vocab_size - 1
         self.head_dim = d_model // n_head
         self.embed = nn.Embedding(vocab_size, d_model)
@@ -132,15 +130,15 @@ class BlockDiffusionTransformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, tokens, positions, mask):
-        """tokens (N,S) long, positions (S,) long, mask (S,S) bool, True = the row may look at the column
-        -> logits (N,S,vocab_size), that of [MASK] −inf."""
+        """tokens (N,S) long, positions (S,) long, mask (S,S) bool, True where the row may look at
+        the column -> logits (N,S,vocab_size); that of [MASK] is −inf."""
         return self.read(tokens, positions, mask)[0]
 
     def read(self, tokens, positions, mask, cache=None, start=0):
-        """Read tokens that stand behind a cached text -> logits (N,S−start,vocab_size), and the new cache.
-        mask (S,T); cache: what an earlier `read` returned. Logits are made for the tokens from `start`
-        on; of the others the last layer needs no more than keys and values."""
-        exponents = torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim  # (D/2,)
+        """Read tokens behind a cached text -> logits (N,S−start,vocab_size) of those from `start`
+        on, and the new cache. mask (S,T); cache as returned by an earlier `read`, or None: no text
+        before."""
+        exponents = torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim
         turns = torch.exp(1j * positions[:, None] * 10_000.0**-exponents)  # (S, D/2)
         x = self.embed(tokens)  # (N, S, d_model)
         new_cache = []
@@ -151,22 +149,22 @@ class BlockDiffusionTransformer(nn.Module):
         return F.pad(self.head(self.norm(x)), (0, 1), value=-math.inf), new_cache
 
 # ==== §2  Attention masks =========================================================================
-# What it teaches: how one pass scores every block, each given the true text before it, without any block
-# seeing its own answer. To score block b of a completion the model must read the clean tokens (none
-# hidden) before b, and a noisy copy of b. Done naively that is one pass per block. The staircase does all
-# blocks at once: the completion is laid out twice, clean and noisy. The clean half is the text before
-# each block, the noisy half asks the questions. A noisy token may look at clean blocks *strictly before*
-# its own: with >= in place of that one >, it would see its own answer in the clean half, and the model
-# would learn to copy. K noisy copies, with different tokens hidden, share the one clean half.
+# What it teaches: how one pass scores every block, each given the true text before it, without any
+# block seeing its own answer. To score block b the model must read the clean tokens before b
+# (nothing hidden) and a noisy copy of b. The staircase does that for all blocks at once: the
+# completion is laid out twice. The clean half is the text before each block, the noisy half asks
+# the questions. A noisy token may look at clean blocks *strictly before* its own: with >= in place
+# of that one > it would see its own answer, and the model would learn to copy. K noisy copies share
+# the one clean half.
 
 def check_lengths(block_size, *lengths):
-    """AssertionError unless all are multiples: else training and sampling would cut different blocks."""
+    """AssertionError unless all are multiples: training and sampling would cut different blocks."""
     for length in lengths:
         assert length % block_size == 0, f"lengths {lengths} must be multiples of block_size {block_size}"
 
 def block_causal_mask(length, block_size, device=None):
-    """(length, length) bool, True = the row may look at the column: at its own block and all before it.
-    Finished text is read under this mask. For length 4 and block_size 2 (# = True):
+    """(length, length) bool, True = the row may look at the column: at its own block and all before
+    it. Finished text is read under this mask. For length 4 and block_size 2 (# = True):
         # # . .
         # # . .
         # # # #
@@ -176,15 +174,15 @@ def block_causal_mask(length, block_size, device=None):
     return block[:, None] >= block[None, :]
 
 def staircase_positions(prompt_len, completion_len, copies=1, device=None):
-    """(S,) long, S = P + L + K·L: every noisy copy reuses the positions P..P+L−1 of the completion."""
+    """(S,) long, S = P + L + K·L: noisy copies reuse the positions P..P+L−1 of the completion."""
     clean = torch.arange(prompt_len + completion_len, device=device)  # (P + L,)
     return torch.cat((clean, clean[prompt_len:].repeat(copies)))
 
 def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None):
-    """(S,S) bool, True = the row may look at the column, S = P + L + K·L, for the sequence
-    [prompt | clean completion | noisy copy 1 | .. | noisy copy K]. AssertionError if P or L is no multiple
-    of B. Source: the paper's staircase attention; the same algebra as the mask of BD3-LM (Arriola et al.
-    2025), with a prompt that is never noisy and never copied. For P = 2, L = 4, B = 2, K = 2:
+    """(S,S) bool, True = the row may look at the column, for [prompt | clean completion | noisy
+    copy 1 | .. | noisy copy K], S = P + L + K·L. AssertionError if P or L is no multiple of B.
+    Source: the paper's staircase attention, with the algebra of BD3-LM's mask (Arriola et al. 2025)
+    and a prompt that is never noisy. For P = 2, L = 4, B = 2, K = 2:
                   prompt  clean     copy 1    copy 2
         prompt      # #   . . . .   . . . .   . . . .
                     # #   . . . .   . . . .   . . . .
@@ -203,37 +201,36 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     """
     P, L = prompt_len, completion_len
     check_lengths(block_size, P, L)
-    block = staircase_positions(P, L, copies, device) // block_size  # (S,) 0, 1, .. from the prompt on
+    block = staircase_positions(P, L, copies, device) // block_size  # (S,) 0, 1, ..
     index = torch.arange(P + L + copies * L, device=device)  # (S,)
     copy = ((index - P) // L).clamp(min=0)  # (S,) 0 = prompt or clean completion, 1..K = noisy copy
     from_block, to_block = block[:, None], block[None, :]
     from_copy, to_copy = copy[:, None], copy[None, :]
     clean_to_clean = (from_copy == 0) & (to_copy == 0) & (from_block >= to_block)
-    noisy_to_clean = (from_copy > 0) & (to_copy == 0) & (from_block > to_block)  # this one must be >
+    noisy_to_clean = (from_copy > 0) & (to_copy == 0) & (from_block > to_block)  # must be >
     noisy_to_own_block = (from_copy > 0) & (from_copy == to_copy) & (from_block == to_block)
     return clean_to_clean | noisy_to_clean | noisy_to_own_block
 
 # ==== §3  Forward process and ELBO ================================================================
-# What it teaches: how tokens are hidden, and the one number that is both the loss of pretraining and the
-# estimate L̂ of log π. The *forward process* of diffusion destroys a text; here it hides tokens. In every
-# block it draws a count m uniformly from 1..B and puts [MASK] in place of m random tokens; the model
-# predicts these. What has that to do with the probability of writing the block? (The log-probabilities
-# of the blocks add up to that of the completion, so one block is enough.)
+# What it teaches: how tokens are hidden, and the one number that is both the loss of pretraining
+# and the estimate L̂ of log π. The *forward process* of diffusion destroys a text; here it hides
+# tokens: in every block it draws m uniformly from 1..B and puts [MASK] in place of m random tokens,
+# which the model predicts. What has that to do with the probability of *writing* a block? (The logs
+# of the blocks' probabilities add up to that of the completion.)
 #   1. The model writes the B tokens one per step, in an order drawn by lot (§4):
 #          π(block) = mean over all B! orders of  ∏ over the B steps of  p(token | what is visible)
 #   2. The log of a mean is at least the mean of the logs (Jensen's inequality):
-#          log π(block) ≥ mean over orders of  Σ over steps of  log p
-#                       = B · (mean of log p over a random step of a random order)
-#   3. At a random step of a random order, m tokens are still hidden, with m uniform on 1..B; each set of
-#      m tokens is as likely as any other; each of the m is as likely to be written next. So the mean in
-#      line 2 is the mean, over m and sets, of (1/m)·Σ_{i hidden} log p. Times B:
-#   ELBO(y) = E_masks [ Σ_blocks  B/m · Σ_{i hidden}  log p_θ(y_i | noisy block, clean text before it) ]
-# This "evidence lower bound" is at most log π_θ(y). Pretraining maximises it on right answers. RL computes
-# the bracket for K random masks, and takes their mean as L̂. One function, `elbo`, serves both.
+#          log π(block) ≥ B · (mean of log p over a random step of a random order)
+#   3. At a random step of a random order m tokens are still hidden, m uniform on 1..B; any set of m is
+#      equally likely, and any of the m comes next. So the mean in line 2 is that of (1/m)·Σ_hidden log p
+#      over m and sets. Times B, and summed over blocks, it is the evidence lower bound of log π_θ(y):
+#   ELBO(y) = E_masks[ Σ_blocks  B/m · Σ_{i hidden}  log p_θ(y_i | noisy block, clean text before it) ]
+# Pretraining maximises it on right answers. RL computes what is in the brackets for K random masks,
+# and takes their mean as L̂. One function, `elbo`, serves both.
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
-    """(N,K,L) bool, True = hidden: in each block m ~ U{1..B} random places, on the generator's device.
-    AssertionError if completion_len is no multiple of block_size."""
+    """(N,K,L) bool, True = hidden: in each block m ~ U{1..B} random places, on the generator's
+    device. AssertionError if completion_len is no multiple of block_size."""
     check_lengths(block_size, completion_len)
     blocks, device = (num_seqs, copies, completion_len // block_size), generator.device
     m = torch.randint(1, block_size + 1, (*blocks, 1), generator=generator, device=device)
@@ -242,11 +239,10 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
     return (rank < m).flatten(-2)  # (N, K, L)
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
-    """(N,K,L) bool in pairs: in each block, copy K/2 + k hides just the tokens that copy k shows. A pair
-    hides every token once, so an unlikely token is neither missed nor counted double: the mean of a pair
-    is less noisy (coupled sampling: ESPO, arXiv 2512.03759). Alone, either copy is distributed as in
-    `sample_masks`: with m uniform on 1..B, B−m is uniform on 0..B−1; where it is 0, copy k showed nothing,
-    and its partner hides all B as well. AssertionError if K is odd."""
+    """(N,K,L) bool in pairs: in each block copy K/2 + k hides just the tokens that copy k shows, so
+    that an unlikely token is neither missed nor counted double (ESPO, arXiv 2512.03759). Each copy
+    alone is distributed as in `sample_masks`: B−m is uniform on 0..B−1, and where it is 0 (copy k
+    showed nothing) the partner hides all B as well. AssertionError if K is odd."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     first = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = first.unflatten(-1, (-1, block_size))  # (N, K/2, L/B, B)
@@ -257,11 +253,11 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 MASKS = {"independent": sample_masks, "coupled": coupled_masks}
 
 def token_log_probs(model, prompts, completions, masks, block_size):
-    """log p(y_i | its noisy block, the clean text before the block) at every place i of every copy, without
-    meaning where y_i is not hidden: prompts (M,P), completions (N,L), masks (N,K,L) bool -> (N,K,L). N is a
-    multiple of M, and each prompt stands for N/M completions in a row. One pass under `staircase_mask`
-    over [completion | K noisy copies], behind the cache of the prompts, each of which is read once.
-    Attention is dense, so its cost grows with (K·L)²: fine at this size."""
+    """log p(y_i | its noisy block, the clean text before it) at every place i of every copy,
+    without meaning where y_i is visible: prompts (M,P), completions (N,L), masks (N,K,L) bool ->
+    (N,K,L). Each prompt stands for N/M completions in a row. One pass under `staircase_mask` over
+    [completion | K noisy copies], behind the cache of the prompt. Its cost grows with (K·L)²: fine
+    at this size."""
     (N, K, L), P = masks.shape, prompts.shape[1]
     may_look = staircase_mask(P, L, block_size, K, prompts.device)  # (S, S), S = P + L + K·L
     positions = staircase_positions(P, L, K, prompts.device)  # (S,)
@@ -273,107 +269,104 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     return -F.cross_entropy(logits.mT, targets, reduction="none").view(N, K, L)
 
 def elbo(model, prompts, completions, masks, block_size):
-    """L̂ in nats: the Monte-Carlo ELBO of log π(completion | prompt), mean over K copies -> (N,). Unbiased
-    for `exact_elbo` (§5) with masks of `sample_masks` or `coupled_masks`. Arguments as in
-    `token_log_probs`; every block of every copy must have a hidden token."""
+    """L̂ in nats (N,): Monte-Carlo ELBO of log π(completion | prompt), a mean over K copies,
+    unbiased for `exact_elbo` (§5). Every block of every copy must have a hidden token."""
     log_p = token_log_probs(model, prompts, completions, masks, block_size)  # (N, K, L)
-    log_p = log_p.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
-    hidden = masks.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
+    blocks = (-1, block_size)
+    log_p, hidden = log_p.unflatten(-1, blocks), masks.unflatten(-1, blocks)  # (N, K, L/B, B)
     m = hidden.sum(-1, keepdim=True)  # (N, K, L/B, 1)
     per_copy = (block_size / m * hidden * log_p).sum((-2, -1))  # (N, K)
     return per_copy.mean(-1)
 
 # ==== §4  Rollout =================================================================================
-# What it teaches: how completions are sampled, and which choice in sampling has a probability that can be
-# computed. Within a block each step reveals one token, and the model reads the block again before the
-# next. *Where* to write is drawn by lot (order="random"), whatever the model says; *what* to write, from
-# the model's prediction for that place. So the probability of a completion is a plain mean over orders,
-# which §5 computes: this is the policy that RL trains. order="confidence" writes where the model is
-# surest. That answers better, but where it writes then depends on all predictions, and the probability
-# of a completion is a harder sum: it is used for evaluation only.
-#   What is read at each step, for B = 2 (_ = [MASK]; left of the bar: in the cache, and not read again)
+# What it teaches: how completions are sampled, and which choice in it has a probability that can be
+# computed. Each step reveals one token of the block, and the model reads the block again. *Where*
+# is drawn by lot (order="random"), *what* from the model's prediction for that place: so
+# π(completion) is a plain mean over orders, and §5 computes it. This policy is trained.
+# order="confidence" writes where the model is surest: it answers better, but its probability is a
+# harder sum. It is for evaluation.
+#   What is read at each step, for B = 2 (_ is [MASK]; what is left of the bar is in the cache):
 #     12+34=|      12+34=|__   12+34=|4_      12+34=|46      12+34=46|__   12+34=46|_.
 
 @torch.no_grad()
-def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random", generator=None,
-             samples=1):
-    """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples. temperature
-    divides the logits; 0 takes the likeliest token. AssertionError for a wrong order, or if P or L is no
-    multiple of B; FloatingPointError if a probability is not finite."""
+def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random",
+             generator=None, samples=1):
+    """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples.
+    temperature divides the logits; 0 takes the likeliest token. AssertionError for a wrong order,
+    if P or L is no multiple of B, or if a probability is not finite."""
     prompts = torch.as_tensor(prompts)
     (M, P), L, B, device = prompts.shape, completion_len, block_size, prompts.device
     check_lengths(B, P, L)
     assert order in ("random", "confidence"), f"order is 'random' or 'confidence', not {order!r}"
     positions = torch.arange(P + L, device=device)
     may_look = block_causal_mask(P + L, B, device)  # (P + L, P + L)
-    cache, unread, blocks = None, prompts, []
+
+    def read(tokens, begin, cache):  # tokens that stand at the positions from `begin` on
+        here = slice(begin, begin + tokens.shape[1])
+        return model.read(tokens, positions[here], may_look[here, : here.stop], cache)
+
+    unread, cache, blocks = prompts, None, []  # unread: finished, but not yet in the cache
     for begin in range(P, P + L, B):
-        end = begin + B
-        known = slice(begin - unread.shape[1], begin)  # the prompt, later the block that is just finished
-        _, cache = model.read(unread, positions[known], may_look[known, :begin], cache)
+        _, cache = read(unread, begin - unread.shape[1], cache)
         block = prompts.new_full((M * samples, B), model.mask_id)  # (N, B)
         lots = torch.rand(M * samples, B, generator=generator, device=device)  # (N, B)
         for _ in range(B):
-            logits, _ = model.read(block, positions[begin:end], may_look[begin:end, :end], cache)
+            logits, _ = read(block, begin, cache)  # (N, B, vocab)
             priority = lots if order == "random" else logits.softmax(-1).amax(-1)  # (N, B)
             priority = priority.masked_fill(block != model.mask_id, -1)  # what is written stays
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
             logits = logits.take_along_dim(place[:, :, None], dim=1)[:, 0]  # (N, vocab)
-            block = block.scatter(1, place, sample_token(logits, temperature, generator))
+            assert logits.logsumexp(-1).isfinite().all(), "the model's logits are not finite"
+            token = logits.argmax(-1, keepdim=True)  # (N, 1)
+            if temperature > 0:
+                p = (logits / temperature).softmax(-1)
+                token = torch.multinomial(p, 1, generator=generator)
+            block = block.scatter(1, place, token)
         blocks.append(block)
         unread = block
     return torch.cat(blocks, dim=1)
 
-def sample_token(logits, temperature, generator):
-    """Logits (N,vocab) -> a token for each row (N,1)."""
-    if not logits.logsumexp(-1).isfinite().all():
-        raise FloatingPointError("the model's probabilities are not finite")
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-
 # ==== §5  The exact answers =======================================================================
-# What it teaches: what L̂ is an estimate *of*, what the truth costs, and what exp makes of noise.
-# A block of B tokens can be hidden in only 2^B − 1 ways: 3 for B = 2. Give each a noisy copy, and one pass
-# yields every prediction that the model can be asked for. A weighted sum of their logs is the ELBO
-# without noise; a sum over all ways to write the block is π itself. A real B of 32 needs 4 billion copies.
-#
-# Where the noise comes from. Say that of the two tokens of a block one is certain, and the other has
-# p = 0.01, log p = −4.6, whatever is visible. With the weight B/m, L̂ of this block is
+# What it teaches: what L̂ is an estimate *of*, what the truth costs, and what exp makes of noise. A
+# block can be hidden in only 2^B − 1 ways: 3 for B = 2. With a noisy copy for each, a weighted sum
+# of the log p is the ELBO without noise, and a sum over all ways to write the block is π itself.
+# Where noise comes from: say one of two tokens is certain and the other has p = 0.01, log p = −4.6,
+# whatever is visible. With the weight B/m, L̂ of this block is
 #     −4.6 if both are hidden (m = 2: one time in two),
 #      0   if only the certain one is (m = 1: one time in four),
 #     −9.2 if only the unlikely one is (m = 1: one time in four).
-# That is right on average. But L̂_θ and L̂_old draw masks of their own, and may differ by 9.2 although
-# θ = θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1. (A coupled pair gives −4.6 always.)
-#
-# What exp makes of it. Let log ρ̂ = log ρ + η, so that ρ̂ = ρ·e^η. If the noise η is normal with mean 0 and
-# deviation σ, then E[e^η] = e^(σ²/2): at σ = 2 nats ratios are 7 times too large on average, and a few
-# huge ones make that average. K copies lower σ as 1/√K, coupled masks lower it more. If L̂_θ uses the
-# masks of L̂_old again (--shared_masks), η nearly cancels, at no cost; the gradient of L̂_θ stays as noisy.
-# The other error, the *bias* log π − ELBO, hardly moves in one update and cancels in the ratio.
+# Right on average. But L̂_θ and L̂_old draw masks of their own, and may differ by 9.2 although θ =
+# θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1. (A coupled pair always gives −4.6.) What exp makes of it:
+# let log ρ̂ = log ρ + η, so ρ̂ = ρ·e^η. If the noise η is normal, with mean 0 and deviation σ, then
+# E[e^η] = e^(σ²/2): at σ = 2 nats ratios are 7 times too large on average, and a few huge ones make
+# that average. K copies lower σ as 1/√K, coupled masks lower it more. If L̂_θ uses the masks of
+# L̂_old again (--shared_masks), η nearly cancels, though g stays as noisy. The other error, the
+# *bias* log π − ELBO, hardly moves in one update and cancels in the ratio.
 
 MAX_EXACT_BLOCK = 8  # B for which 2^B − 1 copies are still affordable
 
 def mean_field(model, prompts, completions, block_size):
-    """The one-step proxy (N,): log-probability if a block were written at once from blanks, its tokens
-    independent of each other. No noise, but a bias that can be large."""
+    """The one-step proxy (N,): log-probability if each block were written at once from blanks, its
+    tokens independent of each other. No noise, but a bias that can be large."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, everything, block_size).sum((-2, -1))
 
 def every_pattern(model, prompts, completions, block_size):
-    """log p under every way to hide a part of a block: (2^B−1, B) bool patterns, and (N, 2^B−1, L/B, B).
-    Pattern s−1 hides the places that are the 1-bits of s = 1..2^B−1, in all blocks at once. At most 16
-    patterns go into one pass. AssertionError if B is above MAX_EXACT_BLOCK."""
+    """log p under every way to hide a part of a block: (2^B−1, B) bool patterns, (N, 2^B−1, L/B, B)
+    log p. Pattern s−1 hides the places of the 1-bits of s, in all blocks; at most 16 patterns go
+    into a pass. AssertionError if B is above MAX_EXACT_BLOCK."""
     B, L = block_size, completions.shape[1]
-    assert B <= MAX_EXACT_BLOCK, f"2^B − 1 copies are too many for B = {B}: at most {MAX_EXACT_BLOCK}"
-    s = torch.arange(1, 2**B, device=completions.device)
-    patterns = (s[:, None] >> torch.arange(B, device=s.device)) % 2 == 1  # (2^B−1, B)
+    assert B <= MAX_EXACT_BLOCK, f"2^B − 1 copies for block_size {B}: at most {MAX_EXACT_BLOCK}"
+    bits = [*itertools.product((False, True), repeat=B)][1:]  # the binary digits of 1, 2, ..
+    patterns = torch.tensor(bits, device=completions.device).flip(-1)  # (2^B−1, B)
     masks = patterns.repeat(1, L // B).expand(len(completions), -1, -1)  # (N, 2^B−1, L)
-    parts = [token_log_probs(model, prompts, completions, part, B) for part in masks.split(16, dim=1)]
-    return patterns, torch.cat(parts, dim=1).unflatten(-1, (-1, B))
+    parts = masks.split(16, dim=1)
+    log_p = [token_log_probs(model, prompts, completions, part, B) for part in parts]
+    return patterns, torch.cat(log_p, dim=1).unflatten(-1, (-1, B))
 
 def exact_elbo(model, prompts, completions, block_size):
-    """The mean of `elbo` over all masks of `sample_masks`, each with its probability: no noise. (N,)"""
+    """The mean of `elbo` over all masks of `sample_masks`, each with its probability: no noise.
+    (N,)"""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
     # probability 1/B for the count m, 1/C(B,m) for the pattern; times the weight B/m of the ELBO
     weights = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
@@ -381,12 +374,12 @@ def exact_elbo(model, prompts, completions, block_size):
     return (weights[:, None] * log_p).sum((1, 2, 3))
 
 def exact_log_likelihood(model, prompts, completions, block_size):
-    """log π(completion | prompt) in nats (N,), of `generate` with order="random" and temperature=1. At
-    least `exact_elbo`. Per block, reach[h] is the probability that the sampler comes to a state in which
-    exactly the set h is hidden and the rest is right. It comes from a state with one more hidden token i,
-    by choosing that place (one of |h∪i|) and writing the right token (p):
-        reach[all] = 1,    reach[h] = Σ_{i not in h} reach[h∪i] · p(y_i | h∪i hidden) / |h∪i|
-    and π(block) = reach[∅]: B·2^(B−1) terms in place of B! orders."""
+    """log π(completion | prompt) in nats (N,), of `generate` with order="random" and temperature=1.
+    Per block, reach[h] is the probability that the sampler comes to the state in which exactly the
+    set h is hidden and the rest is right: from a state with one more token i hidden, by choosing
+    that place (one of |h∪i|) and writing the right token,  reach[h] = Σ_{i not in h} reach[h∪i] ·
+    p(y_i | h∪i) / |h∪i|. reach[all] = 1, and reach[∅] = π(block): B·2^(B−1) terms in place of B!
+    orders."""
     _, log_p = every_pattern(model, prompts, completions, block_size)  # (N, 2^B−1, L/B, B)
     everything = 2**block_size - 1  # sets are integers: place i is hidden if bit i is 1
     log_reach = {everything: torch.zeros_like(log_p[:, 0, :, 0])}  # (N, L/B) each
@@ -414,40 +407,35 @@ ESTIMATORS = {
     "exact": without_masks(exact_log_likelihood),
 }
 
-ALL_PATTERNS = {"exact_elbo", "exact"}  # those that need 2^B − 1 copies: refused above MAX_EXACT_BLOCK
-
 # ==== §6  The losses ==============================================================================
-# What it teaches: the corner that GRPO leaves open, and the two lines with which StableDRL closes it.
-# GRPO for a GPT has a ratio per token. Here there is one per completion, with the noise of all its tokens:
-# an ELBO has no parts per token, as a token's term depends on which others were hidden.
-#
-# GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). What weight does that give a completion? ρ̂ = exp(L̂_θ − L̂_old)
-# with L̂_old constant, so ∇ρ̂ = ρ̂·g. Where min takes the first term the gradient is ρ̂·A·g; where it takes
-# the second and the clip binds, that is a constant, and its gradient is 0. Every loss here moves θ along
-# Σ weight·A·g / divisor:
+# What it teaches: the corner that GRPO leaves open, and the two lines with which StableDRL closes
+# it. A GPT has a ratio per token. Here there is one per completion, with the noise of all its
+# tokens: a token's term in an ELBO depends on which others were hidden, so it is no probability by
+# itself. GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). L̂_old is constant, so ∇ρ̂ = ∇exp(L̂_θ −
+# L̂_old) = ρ̂·g: where min takes the first term the gradient is ρ̂·A·g; where it takes the second
+# and the clip binds, that is a constant, and its gradient is 0. All losses here move θ along Σ
+# weight·A·g / divisor:
 #     weight        GRPO, A > 0      GRPO, A < 0            StableDRL, any A
 #     ρ̂ < 1−ε       ρ̂                0                      1−ε (cannot happen if ε ≥ 1)
 #     in between    ρ̂                ρ̂                      ρ̂
 #     ρ̂ > 1+ε       0                ρ̂, WITHOUT BOUND       1+ε
 #     divisor       N                N                      Σ of the group's weights, then number of groups
-# GRPO's open corner has a reason: a bad completion that has become likelier must be pulled back hard. That
-# is right for an exact ratio, which stays near 1. For an estimate, ρ̂ = 1,000 mostly says that the noise
-# was 6.9 nats. (Clipping the gradient's norm, as §8 does for every loss, makes such a step shorter, but
-# its direction is still that of one completion.)
-#
-# StableDRL, per group:   ∇J = Σ_j w_j A_j g_j / Σ_j w_j,   w_j = clip(ρ̂_j, 1−ε, 1+ε), held constant
-# Line 1 clips whatever the sign of A. Line 2 divides by the sum of the group's weights, which makes the
-# update a weighted mean of the A_j·g_j: its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are.
-#     line 1 alone (clip_only): weights up to 1+ε, and the size of the update swings with the ratios
-#     line 2 alone (norm_only): one outlier takes all the weight of its group
-#     no ratio at all (no_ratio): every weight is 1/G, and that the policy has moved is ignored
-# The price: StableDRL's column has no 0. GRPO no longer pushes a completion that has moved by more than
-# ε; StableDRL does. And ε means two things: for GRPO a small trust region (0.2), for StableDRL the cut of
-# a long tail (5 in the paper; from 1 on only 1+ε matters). At ρ̂ = 1 all are the policy gradient −mean A·g.
+# The open corner has a reason: a bad completion that has become likelier must be pulled back hard.
+# That is right for an exact ratio, which stays near 1. For an estimate, ρ̂ = 1,000 mostly says that
+# the noise was 6.9 nats. (Clipping the gradient's norm, as §8 does, shortens such a step and does
+# not turn it.) StableDRL, per group:   ∇J = Σ_j w_j A_j g_j / Σ_j w_j,   w_j = clip(ρ̂_j, 1−ε,
+# 1+ε), held constant. Line 1 clips whatever the sign of A. Line 2 divides by the group's sum: the
+# update is a weighted mean of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the
+# ratios are. Line 1 alone (clip_only): the size of the update swings with the ratios. Line 2 alone
+# (norm_only): one outlier takes all the weight. No ratio (no_ratio): all weigh 1/G, as if the
+# policy had not moved since it sampled. The price: StableDRL has no 0. GRPO stops pushing what has
+# moved by more than ε; StableDRL does not. And ε means two things: GRPO's is a small trust region
+# (0.2), StableDRL's cuts a long tail (5 in the paper; from 1 on only 1+ε matters). While all ρ̂ are
+# 1, every loss has the policy gradient −mean A·g.
 
 def group_advantages(rewards, group_size):
-    """Rewards (N,) -> advantages (N,): (reward − mean of its group) / (standard deviation of its group).
-    Equal rewards give exactly 0. AssertionError if N is no multiple of group_size."""
+    """Rewards (N,) -> (N,): (reward − mean of its group) / (standard deviation of its group). Equal
+    rewards give exactly 0. AssertionError as in `check_batch`."""
     check_batch(rewards, rewards, group_size)
     groups = rewards.view(-1, group_size)  # (M, G)
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
@@ -456,8 +444,9 @@ def group_advantages(rewards, group_size):
 
 def check_batch(log_ratio, advantages, group_size):
     """AssertionError unless both are (N,) and N is a multiple of group_size."""
-    N, shapes = log_ratio.numel(), [list(log_ratio.shape), list(advantages.shape)]
-    assert shapes == [[N], [N]], f"one number per completion, (N,), is needed, not the shapes {shapes}"
+    N = log_ratio.numel()
+    assert log_ratio.shape == advantages.shape == (N,), (
+        f"both must have shape (N,), not {list(log_ratio.shape)} and {list(advantages.shape)}")
     assert N % group_size == 0, f"{N} completions are no multiple of group_size {group_size}"
 
 def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
@@ -470,8 +459,8 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     return -per_sequence.mean()
 
 def stabledrl_loss(log_ratio, advantages, clip_eps, group_size, normalise=True):
-    """StableDRL: log_ratio (N,), advantages (N,) -> scalar, mean over groups. It works with logarithms, so
-    that nothing overflows; softmax(log w) = w/Σw. normalise=False divides by group_size instead."""
+    """StableDRL: log_ratio (N,), advantages (N,) -> scalar, mean over groups. With logarithms
+    nothing overflows: softmax(log w) = w/Σw. normalise=False divides by group_size instead."""
     check_batch(log_ratio, advantages, group_size)
     log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
     log_clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))  # line 1: always clip
@@ -480,104 +469,86 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size, normalise=True):
     per_sequence = weights.flatten() * advantages * log_ratio  # its gradient is weight·A·g
     return -per_sequence.view(-1, group_size).sum(-1).mean()
 
-def clip_only_loss(log_ratio, advantages, clip_eps, group_size):
-    """An ablation of the paper: StableDRL without line 2."""
-    return stabledrl_loss(log_ratio, advantages, clip_eps, group_size, normalise=False)
-
-def norm_only_loss(log_ratio, advantages, clip_eps, group_size):
-    """An ablation of the paper: StableDRL without line 1. clip_eps is not used."""
-    return stabledrl_loss(log_ratio, advantages, math.inf, group_size)
-
-def no_ratio_loss(log_ratio, advantages, clip_eps, group_size):
-    """No importance ratio: all are clipped to 1. clip_eps is not used."""
-    return stabledrl_loss(log_ratio, advantages, 0.0, group_size)
-
 # What --loss means: name -> (function(log_ratio, advantages, clip_eps, group_size), its default ε).
 LOSSES = {
     "grpo": (grpo_loss, 0.2),
     "stabledrl": (stabledrl_loss, 5.0),
-    "clip_only": (clip_only_loss, 5.0),
-    "norm_only": (norm_only_loss, 5.0),
-    "no_ratio": (no_ratio_loss, 5.0),
+    "clip_only": (functools.partial(stabledrl_loss, normalise=False), 5.0),  # without line 2
+    "norm_only": (stabledrl_loss, math.inf),  # without line 1
+    "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
 }
 
 # ==== §7  Diagnostics =============================================================================
-# What it teaches: what to watch before the reward falls. The largest ratio and the effective sample size
-# show how far ratios spread, under any loss; the gradient's norm before clipping (§8), what the loss makes
-# of them. `spread` (§8), the deviation of log ρ̂ at the first update of a batch, where every ρ is 1, is the
-# noise itself, seen without an oracle: a model of any size can log it.
+# What it teaches: what to watch before the reward falls: how far the ratios spread, and the
+# gradient's norm before clipping (§8). Best is `spread` (§8), the deviation of log ρ̂ at a batch's
+# first update, where every ρ is 1: it is the noise itself, seen without an oracle, and a model of
+# any size can log it.
 
-def ratio_diagnostics(log_ratio, clip_eps, group_size, true_log_ratio=None):
-    """log_ratio (N,) -> dict of floats, about the ratios before any clipping:
-    ratio_max      the largest ρ̂ of the batch
-    clip_fraction  the share of ρ̂ outside [1−ε, 1+ε], whether or not the loss clips them
-    ess            effective sample size (Σρ̂)²/Σρ̂² of a group, mean over groups: G if all completions count
-                   alike, 1 if one has all the weight
-    noise_std      deviation of log ρ̂ − log ρ in nats; only if true_log_ratio (N,) is given"""
+def ratio_diagnostics(log_ratio, clip_eps, group_size):
+    """log_ratio (N,) -> dict of floats, about the ratios before any clipping. ratio_max: the
+    largest ρ̂. clip_fraction: the share of ρ̂ outside [1−ε, 1+ε], whether or not the loss clips
+    them. ess: effective sample size of a group, (Σρ̂)²/Σρ̂², on average; G if all count alike, 1 if
+    one has all the weight."""
     log_ratio = log_ratio.detach().double()
     ratio = log_ratio.clamp(max=700).exp()  # e^710 is infinite, and JSON has no infinity
     outside = (ratio < 1 - clip_eps) | (ratio > 1 + clip_eps)
     share = log_ratio.view(-1, group_size).softmax(-1)  # (M, G): ρ̂/Σρ̂
-    numbers = {
+    return {
         "ratio_max": ratio.max().item(),
         "clip_fraction": outside.double().mean().item(),
         "ess": (1 / share.square().sum(-1)).mean().item(),
     }
-    if true_log_ratio is not None:
-        numbers["noise_std"] = (log_ratio - true_log_ratio).std(correction=0).item()
-    return numbers
 
 # ==== §8  Training ================================================================================
-# What it teaches: where the old and the new policy part, in one loop, `train`. A batch of completions is
-# sampled, scored by the policy as it is ("old"), and used for μ updates. At the first of them θ = θ_old
-# and every ρ is 1; at the others it is not. The *estimate* ρ̂ is noisy at the first as well, because L̂_θ
-# draws masks of its own (as in the paper; --shared_masks changes that). There are three policies: the
-# base, made by `pretrain`, where RL starts; the old one; and `model`, which learns. `config` is the
-# dataclass of §9. Every purpose has a random stream of its own that depends on the seed alone: with one
-# seed, all losses and estimators start from the same base and see the same prompts in the same order.
-
-class TrainingFailed(Exception):
-    """Training cannot go on. The message is one line for the user."""
+# What it teaches: where the old and the new policy part, in one loop, `train`. A batch of
+# completions is sampled, scored by the policy as it is ("old"), and used for μ updates. At the
+# first θ = θ_old and every ρ is 1; later not. The *estimate* ρ̂ is noisy at the first as well: L̂_θ
+# draws its own masks (as in the paper; --shared_masks changes that). Every purpose has its own
+# random stream, which depends on the seed and the batch alone: with one seed all losses start from
+# one base and see the same prompts.
 
 def stream(config, purpose):
-    """A random generator for one purpose: one more draw of masks must not change what is sampled."""
-    seeds = np.random.SeedSequence([config.seed, *purpose.encode()]).generate_state(1)
-    return torch.Generator(config.device).manual_seed(int(seeds[0]))
+    """A random generator for one purpose: one more draw of masks must not change what is
+    sampled."""
+    seed = random.Random(f"{config.seed} {purpose}").getrandbits(63)
+    return torch.Generator(config.device).manual_seed(seed)
 
-def new_model(config, base=None):
-    """A model on config.device: the base policy, or without one untrained, the same for each seed."""
-    with torch.random.fork_rng(devices=[]):  # leaves the global random state as it was
-        torch.manual_seed(config.seed)
-        model = BlockDiffusionTransformer(
-            len(TASKS[config.task].vocab) + 1, config.d_model, config.n_layer, config.n_head)
-    if base:
-        model.load_state_dict(base["weights"])
+def new_model(config, weights=None):
+    """A model on config.device with these weights (a state dict), or untrained, the same for each
+    seed."""
+    torch.manual_seed(config.seed)
+    vocab_size = len(TASKS[config.task].vocab) + 1
+    model = BlockDiffusionTransformer(vocab_size, config.d_model, config.n_layer, config.n_head)
+    if weights:
+        model.load_state_dict(weights)
     return model.to(config.device)
 
-def answer(model, task, texts, block_size, samples=1, **sampling):
-    """Let the model answer M prompts (strings), each `samples` times, and the task judge the answers
-    -> prompts (M,P) and completions (N,L) as tokens, rewards (N,)."""
-    device = next(model.parameters()).device
+def answer(model, task, texts, block_size, **options):
+    """The model answers M prompts (strings), options as in `generate`, and the task judges the
+    answers -> prompts (M,P) and completions (N,L) as tokens, rewards (N,)."""
+    device = model.embed.weight.device
     prompts = torch.as_tensor(encode(task, texts), device=device)
-    completions = generate(model, prompts, task.completion_len, block_size, samples=samples, **sampling)
+    completions = generate(model, prompts, task.completion_len, block_size, **options)
+    samples = len(completions) // len(texts)
     answers = decode(task, completions)
     rewards = [float(task.reward(texts[i // samples], text)) for i, text in enumerate(answers)]
     return prompts, completions, torch.tensor(rewards, device=device)
 
 def accuracy(model, task, block_size):
-    """Share of 500 held-out prompts, always the same, that greedy decoding solves, surest place first."""
+    """Share of 500 held-out prompts, always the same, that greedy decoding solves, surest place
+    first."""
     texts, _ = task.sample(np.random.default_rng(0), 500, "test")
     _, _, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
     return (rewards == 1).double().mean().item()
 
 def pretrain(config):
     """A policy for RL to start from: maximise the ELBO of right answers until `accuracy` reaches
-    base_accuracy, so that something is left to learn. TrainingFailed if pretrain_updates are too few."""
+    base_accuracy, so that something is left to learn. TimeoutError after 2,000 updates."""
     task, B = TASKS[config.task], config.block_size
     model = new_model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     rng, masking = np.random.default_rng([config.seed, 0]), stream(config, "pretrain")
-    for update in tqdm(range(config.pretrain_updates + 1), "pretraining", leave=False, disable=None):
+    for update in tqdm(range(2001), "pretraining", disable=None):
         if update % 10 == 0 and accuracy(model, task, B) >= config.base_accuracy:
             return model
         texts, answers = task.sample(rng, 256, "train")
@@ -588,33 +559,30 @@ def pretrain(config):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    raise TrainingFailed(f"--pretrain_updates {update} were too few for --base_accuracy {config.base_accuracy}")
+    raise TimeoutError(f"--base_accuracy {config.base_accuracy} is not reached in {update} updates")
 
 def train(config, base):
-    """RL: the policy `base` learns for config.updates updates -> (model, lines of the log, as dicts).
-    base: {"weights": a state dict, "reward": its mean reward}. Checkpoint and log are written with every
-    line; with config.resume training goes on from there. TrainingFailed where a number is not finite,
-    before that update is made."""
+    """RL from the base policy, a state dict -> (trained model, lines of the log as dicts). Each
+    line of the log goes to the disk with a checkpoint; with config.resume, training goes on from
+    there. FloatingPointError where a number is not finite, before that update is made."""
     task, B, G, mu = TASKS[config.task], config.block_size, config.group_size, config.mu
     N, L = config.prompts * G, task.completion_len
-    length = L if config.per_token else 1  # what log ρ̂ is divided by
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
-    loss_function, _ = LOSSES[config.loss]
+    loss_function = LOSSES[config.loss][0]
     model, base_model = new_model(config, base), new_model(config, base)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99))
-    rng = np.random.default_rng([config.seed, 1])
-    sampling, masking = stream(config, "samples"), stream(config, "masks")
-    rows = restore(config, model, optimizer, rng, sampling, masking)
+    rows = restore(config, model, optimizer)
     began = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
-    save(config, base, model, optimizer, rng, sampling, masking, rows)
-    recent = collections.defaultdict(list)  # all numbers of the updates since the last line of the log
+    recent = collections.defaultdict(list)  # every number since the last line of the log
     for batch in range(len(rows) * config.log_every, config.updates, mu):
         log_is_due = (batch + mu) % config.log_every == 0
         measure_noise = log_is_due and B <= MAX_EXACT_BLOCK
 
         # (1) The old policy answers each prompt G times, and the answers are judged.
+        rng = np.random.default_rng([config.seed, 1, batch])
         texts, _ = task.sample(rng, config.prompts, "train")
-        prompts, completions, rewards = answer(model, task, texts, B, G, generator=sampling)
+        lots, masking = stream(config, f"samples {batch}"), stream(config, f"masks {batch}")
+        prompts, completions, rewards = answer(model, task, texts, B, samples=G, generator=lots)
         advantages = group_advantages(rewards, G)
 
         # (2) L̂_old: how likely the old policy finds them. And the truth, where the log wants it.
@@ -623,7 +591,7 @@ def train(config, base):
             old_log_prob = estimate(model, prompts, completions, masks, B)  # (N,)
             if measure_noise:
                 old_truth = exact_log_likelihood(model, prompts, completions, B)  # (N,)
-                base_truth = exact_log_likelihood(base_model, prompts, completions, B)
+                base_truth = exact_log_likelihood(base_model, prompts, completions, B)  # (N,)
                 recent["drift"].append((old_truth - base_truth).mean().item())
 
         # (3) μ updates learn from them: L̂_θ, the ratio, the loss, a step.
@@ -631,87 +599,82 @@ def train(config, base):
             if not config.shared_masks:
                 masks = draw_masks(N, config.copies, L, B, masking)
             log_prob = estimate(model, prompts, completions, masks, B)  # (N,)
-            log_ratio = (log_prob - old_log_prob) / length
-            true_log_ratio = None
+            log_ratio = log_prob - old_log_prob
+            if update == batch + 1:
+                recent["spread"].append(log_ratio.std(correction=0).item())
             if measure_noise and update == batch + mu:
                 truth = exact_log_likelihood(model, prompts, completions, B)
-                true_log_ratio = (truth - old_truth) / length
+                noise = log_ratio - (truth - old_truth)
+                recent["noise_std"].append(noise.std(correction=0).item())
             loss = loss_function(log_ratio, advantages, config.clip_eps, G)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             if not (loss + grad_norm + log_ratio.sum()).isfinite():
-                raise TrainingFailed(f"update {update} was not made: loss {loss:.3g}, gradient norm "
-                                     f"{grad_norm:.3g}, sum of log-ratios {log_ratio.sum():.3g}")
+                raise FloatingPointError(
+                    f"update {update} was not made: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
             optimizer.step()
-            numbers = ratio_diagnostics(log_ratio, config.clip_eps, G, true_log_ratio)
-            numbers["reward"] = rewards.mean().item()
-            numbers["grad_norm"] = grad_norm.item()
-            if update == batch + 1:
-                numbers["spread"] = log_ratio.std(correction=0).item()
-            for name, value in numbers.items():
+            recent["reward"].append(rewards.mean().item())
+            recent["grad_norm"].append(grad_norm.item())
+            for name, value in ratio_diagnostics(log_ratio, config.clip_eps, G).items():
                 recent[name].append(value)
 
         # (4) A line of the log, and a checkpoint.
         if log_is_due:
             row = {"update": update, "accuracy": accuracy(model, task, B)}
             for name, values in recent.items():
-                row[name] = max(values) if name.endswith("_max") else float(np.mean(values))
-            rows.append(row | {"seconds": round(time.perf_counter() - began, 2)})
-            save(config, base, model, optimizer, rng, sampling, masking, rows)
+                row[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+            row["seconds"] = time.perf_counter() - began
+            rows.append(row)
+            save(config, model, optimizer, rows)
             say(f"{run_name(config)}  update {update}  reward {row['reward']:.3f}")
             recent.clear()
     return model, rows
 
-def save(config, base, model, optimizer, rng, sampling, masking, rows):
-    """Write checkpoint.pt, all that changes in `train`, and log.jsonl, the settings and the rows."""
-    parent, folder = multiprocessing.parent_process(), run_folder(config)
-    if parent and not parent.is_alive():
-        os._exit(1)  # the program was killed: nothing may go on behind its back
-    save_as(folder / "checkpoint.pt", {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": rng.bit_generator.state,
-        "sampling": sampling.get_state(),
-        "masking": masking.get_state(),
-        "rows": rows,
-    })
-    first = {"run": folder.name, "base_reward": base["reward"], **vars(config)}
+def save(config, model, optimizer, rows):
+    """Write log.jsonl, then checkpoint.pt: a run that is killed in between makes its last line
+    again."""
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    first = {"run": folder.name, **vars(config)}
     del first["out"], first["resume"]  # the same run makes the same log wherever it is
-    lines = [json.dumps(line) + "\n" for line in [first, *rows]]
-    (folder / "log.jsonl").write_text("".join(lines))
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, [first, *rows])) + "\n")
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}
+    save_as(folder / "checkpoint.pt", state)
 
 def save_as(path, state):
-    """torch.save under another name, then a renaming: a process that is killed leaves a whole file."""
+    """torch.save under another name, then a renaming: a process that is killed leaves a whole
+    file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
 
-def restore(config, model, optimizer, rng, sampling, masking):
-    """With config.resume, and if there is a checkpoint, set all to it -> the lines of the log so far.
-    ValueError if the file is damaged."""
+def restore(config, model, optimizer):
+    """With config.resume, set both to the run's checkpoint, if there is one -> the lines of the
+    log. ValueError if the file is damaged."""
     path = run_folder(config) / "checkpoint.pt"
     if not (config.resume and path.exists()):
         return []
     try:
-        saved = torch.load(path, "cpu", weights_only=True)  # runs no code
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+        saved = torch.load(path)  # weights only, torch's default: a hostile file runs no code
+    except (OSError, EOFError, RuntimeError, LookupError, pickle.UnpicklingError):
         raise ValueError(f"{path} is damaged: move it away, and --resume starts anew") from None
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    rng.bit_generator.state = saved["rng"]
-    sampling.set_state(saved["sampling"])
-    masking.set_state(saved["masking"])
     return saved["rows"]
 
 # ==== §9  Command line ============================================================================
-# What it teaches: nothing new. Every number that you may change stands here once: the fields of `Config`
-# are the flags, and the first line of a log. A flag with several values means a run for each combination;
-# on a CPU under Linux they run side by side.
+# What it teaches: nothing new. The fields of `Config` are the flags, and the first line of a log. A
+# flag with several values means a run for each combination, side by side on a CPU under Linux.
 
-MAIN_JOB = [("grpo", "elbo"), ("grpo", "exact"), ("stabledrl", "elbo")]  # (loss, estimator)
+MAIN_JOB = [
+    {"loss": "grpo", "estimator": "elbo"},
+    {"loss": "grpo", "estimator": "exact"},
+    {"loss": "stabledrl", "estimator": "elbo"},
+]
 CHOICES = {"task": TASKS, "loss": LOSSES, "estimator": ESTIMATORS, "masks": MASKS}
-PANELS = ["reward", "ratio_max", "grad_norm", "spread"]  # columns of the log that are drawn
+PANELS = {"reward": "linear", "ratio_max": "log", "grad_norm": "log"}  # columns of the log to draw
 
 @dataclasses.dataclass
 class BaseConfig:
@@ -724,19 +687,17 @@ class BaseConfig:
     n_layer: int = 2  # its layers
     n_head: int = 4  # attention heads per layer
     base_accuracy: float = 0.4  # pretraining stops at this accuracy
-    pretrain_updates: int = 2000  # pretraining fails if it needs more
-    device: str = "auto"  # cpu, cuda, or auto: cuda if there is one
+    device: str = "cpu"  # or cuda: at this size hardly faster
 
 @dataclasses.dataclass
 class Config(BaseConfig):
-    """The settings of one run. ValueError, in one line, for numbers that cannot be."""
+    """The settings of one run. AssertionError, in one line, for numbers that cannot be."""
 
     loss: str = "stabledrl"  # §6
     estimator: str = "elbo"  # of log π, §3 and §5
     masks: str = "independent"  # how masks are drawn, §3
     shared_masks: bool = False  # L̂_θ uses the masks of L̂_old, in all μ updates
     copies: int = 1  # K, noisy copies behind one estimate
-    per_token: bool = False  # divide log ρ̂ by the length L, and so its gradient
     clip_eps: float = None  # ε. None: the loss's own
     lr: float = 1e-4  # learning rate of RL
     prompts: int = 32  # prompts per batch of completions
@@ -753,25 +714,21 @@ class Config(BaseConfig):
             self.block_size = TASKS[self.task].block_size
         if self.clip_eps is None:
             self.clip_eps = LOSSES[self.loss][1]
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        for name in "block_size n_layer n_head copies prompts mu updates log_every".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if not min(self.seed, self.lr, self.clip_eps, self.max_grad_norm) >= 0:
-            raise ValueError("--seed, --lr, --clip_eps and --max_grad_norm must be at least 0")
-        if self.group_size < 2 or not 0 <= self.base_accuracy <= 1:
-            raise ValueError("--group_size must be at least 2, and --base_accuracy from 0 to 1")
-        if self.log_every % self.mu or self.updates % self.log_every:
-            raise ValueError("--log_every must be a multiple of --mu, and --updates of --log_every")
+        counts = "block_size n_layer n_head copies prompts group_size mu updates log_every"
+        for name in counts.split():
+            assert getattr(self, name) >= 1, f"--{name} must be at least 1"
+        assert self.clip_eps >= 0, f"--clip_eps must be at least 0, not {self.clip_eps}"
+        assert self.log_every % self.mu == 0, "--log_every must be a multiple of --mu"
+        assert self.updates % self.log_every == 0, "--updates must be a multiple of --log_every"
 
 def run_name(config):
-    """What folder, log and figure call a run: task, loss, estimator, all that differs from its default,
-    and the seed. For example addition-grpo-elbo-lr=0.0002-seed=0."""
+    """What folder, log and figure call a run: task, loss, estimator, all that differs from its
+    default, and the seed. For example addition-grpo-elbo-lr=0.0002-seed=0."""
     usual = vars(Config(task=config.task, loss=config.loss))
+    unnamed = "estimator seed device out resume".split()
     words = [config.task, config.loss, config.estimator]
     for name, value in vars(config).items():
-        if value != usual[name] and name not in ("estimator", "seed", "device", "out", "resume"):
+        if value != usual[name] and name not in unnamed:
             words.append(f"{name}={value}")
     return "-".join([*words, f"seed={config.seed}"])
 
@@ -780,29 +737,29 @@ def run_folder(config):
     return Path(config.out, run_name(config))
 
 def base_policy(config):
-    """The base policy of a run, {"weights": a state dict, "reward": its mean reward}. It is kept in
-    config.out, in a file for all runs with this BaseConfig, and pretrained if there is no such file."""
+    """The weights of the policy from which a run starts. They are kept in config.out, in one file
+    for all runs with the same BaseConfig, and pretrained if there is no such file."""
     values = [str(getattr(config, field.name)) for field in dataclasses.fields(BaseConfig)]
     path = Path(config.out, f"base-{'-'.join(values)}.pt")
     if not path.exists():
-        model, task = pretrain(config), TASKS[config.task]
-        texts, _ = task.sample(np.random.default_rng(0), 2000, "train")
-        lots = stream(config, "base reward")
-        _, _, rewards = answer(model, task, texts, config.block_size, generator=lots)
-        save_as(path, {"weights": model.state_dict(), "reward": rewards.mean().item()})
-        say(f"{path}: mean reward {rewards.mean():.3f}; delete this file to pretrain anew")
-    return torch.load(path, config.device, weights_only=True)
+        save_as(path, pretrain(config).state_dict())
+        say(f"base policy: {path}; delete this file to pretrain anew")
+    return torch.load(path)
 
 def check(config):
-    """ValueError or AssertionError, in one line, for what cannot work, before any work is done."""
-    task, B, folder = TASKS[config.task], config.block_size, run_folder(config)
-    check_lengths(B, task.prompt_len, task.completion_len)
-    MASKS[config.masks](1, config.copies, task.completion_len, B, torch.Generator())
-    new_model(config)
-    if config.estimator in ALL_PATTERNS and B > MAX_EXACT_BLOCK:
-        raise ValueError(f"--estimator {config.estimator} is for --block_size up to {MAX_EXACT_BLOCK}, not {B}")
+    """AssertionError, ValueError, RuntimeError or OSError, in one line, for what cannot work: masks
+    and estimate are tried once, before any work is done."""
+    task, folder, model = TASKS[config.task], run_folder(config), new_model(config)
+    prompts = torch.zeros(1, task.prompt_len, dtype=torch.long)
+    completions = torch.zeros(2, task.completion_len, dtype=torch.long)
+    draw_masks, estimate = MASKS[config.masks], ESTIMATORS[config.estimator]
+    B = config.block_size
+    masks = draw_masks(2, config.copies, task.completion_len, B, torch.Generator())
+    check_batch(estimate(model.cpu(), prompts, completions, masks, B), torch.zeros(2), 2)
+    restore(config, model, torch.optim.Adam(model.parameters(), config.lr))
     if folder.exists() and not config.resume:
         raise ValueError(f"{folder} exists: --resume it, or choose another --out")
+    Path(config.out).mkdir(parents=True, exist_ok=True)
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
@@ -811,22 +768,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"stabledrl.py: error: {' '.join(message.split())}\n")
 
 def parse(argv):
-    """Command line -> list of Config, one per run. Bad input: one line, status 2, and no work done."""
-    parser = Parser(prog="stabledrl.py", allow_abbrev=False, description="Config in §9 explains the flags")
+    """Command line -> list of Config, one per run. Bad input: one line, status 2, and no work
+    done."""
+    parser = Parser(description="The flags are explained in §9: class Config")
     for field in dataclasses.fields(Config):
         is_bool = field.type is bool  # --resume, or --resume 1, or --resume 0
         parser.add_argument(
             f"--{field.name}", type=int if is_bool else field.type, nargs="*" if is_bool else "+",
-            choices=CHOICES.get(field.name), help=f"default: {field.default}")
+            choices=CHOICES.get(field.name))
     given = vars(parser.parse_args(argv))
     grid = {name: values or [1] for name, values in given.items() if values is not None}
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     if "loss" not in grid and "estimator" not in grid:
-        points = [{**point, "loss": l, "estimator": e} for point in points for l, e in MAIN_JOB]
+        points = [point | policy for point in points for policy in MAIN_JOB]
     try:
-        configs = [Config(**TASKS[point.get("task", "addition")].defaults | point) for point in points]
-        if len(set(map(run_folder, configs))) < len(configs):
-            raise ValueError("two of these runs would have the same folder")
+        tasks = [TASKS[point.get("task", "addition")] for point in points]
+        configs = [Config(**task.defaults | point) for task, point in zip(tasks, points)]
+        configs = list({run_folder(config): config for config in configs}.values())  # each once
         for config in configs:
             check(config)
     except (ValueError, OSError, AssertionError, RuntimeError) as error:
@@ -841,67 +799,65 @@ def say(line):
         sys.stdout = open(os.devnull, "w")
 
 def attempt(config):
-    """Train one run -> its folder, or None if something happened that may happen to a run."""
+    """Train one run -> whether it came to its end. What may happen to a run is said."""
     try:
-        base = base_policy(config)
-        _, rows = train(config, base)
-    except (TrainingFailed, FloatingPointError, OSError) as error:
-        return say(f"{run_name(config)} FAILED: {error}")
-    reward = np.mean([row["reward"] for row in rows[-(len(rows) // 10 or 1) :]])
-    say(f"{run_name(config)}: reward {base['reward']:.3f} -> {reward:.3f}")
-    return run_folder(config)
+        train(config, base_policy(config))
+        return True
+    except (FloatingPointError, AssertionError, OSError) as error:
+        say(f"{run_name(config)} FAILED: {error}")
+        return False
 
 def start_worker():
-    """What a process of its own does first: take one thread, and die quietly on Ctrl-C."""
+    """What a process does first: take one thread, die quietly on Ctrl-C, and end when the parent
+    ends, so that nothing goes on behind the back of a killed program."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 def attempt_all(configs):
-    """`attempt` for all configs -> list of run folders or None. On a CPU under Linux side by side, one
-    process per core; elsewhere one after the other."""
-    side_by_side = sys.platform == "linux" and configs[0].device == "cpu"
+    """`attempt` for all configs -> list of bool. On a CPU under Linux side by side, one process per
+    core; elsewhere one after the other."""
     jobs = min(len(configs), torch.get_num_threads())
-    if jobs == 1 or not side_by_side:
+    if jobs == 1 or sys.platform != "linux" or configs[0].device != "cpu":
         return [attempt(config) for config in configs]
     fork = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(jobs, fork, start_worker) as pool:
+    with ProcessPoolExecutor(jobs, fork, start_worker) as pool:
         return list(pool.map(attempt, configs))
 
-def plot(folders, path):
-    """Draw logs: a panel per column, a line per run, a colour for all seeds of a setting."""
+def plot(folders, out):
+    """Draw the logs of runs: a panel per column, a line per run."""
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3), layout="constrained")
-    colours = {}
     for folder in folders:
         first, *rows = [json.loads(line) for line in open(folder / "log.jsonl")]
-        name = first["run"].split("-seed=")[0]
-        label = None if name in colours else name
-        colour = colours.setdefault(name, f"C{len(colours)}")
         updates = [row["update"] for row in rows]
-        for axis, column in zip(axes, PANELS):
-            axis.plot(updates, [row[column] for row in rows], color=colour, label=label)
-            axis.set(title=column, xlabel="update")
-            axis.set_yscale("log" if column in ("ratio_max", "grad_norm") else "linear")
-    figure.legend(loc="outside upper center", ncols=3)
-    figure.savefig(path)
+        for axis, (column, scale) in zip(axes, PANELS.items()):
+            axis.plot(updates, [row[column] for row in rows], label=first["run"])
+            axis.set(title=column, xlabel="update", yscale=scale)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
+    figure.savefig(Path(out, "plot.svg"))
 
 def main(argv=None):
     """Run what the command line asks for. Status 2 for bad input, 1 if a run failed."""
     configs = parse(argv)
     for config in configs:
         base_policy(config)
-    done = [folder for folder in attempt_all(configs) if folder]
+    done = attempt_all(configs)
     try:
-        plot(done, Path(configs[0].out, "plot.svg"))
+        plot([run_folder(config) for config in itertools.compress(configs, done)], configs[0].out)
     except ImportError:
         say("no figure: pip install matplotlib, and repeat the command with --resume")
-    if len(done) < len(configs):
+    if not all(done):
         sys.exit(1)
 
 if __name__ == "__main__":
     try:
         main()
-    except TrainingFailed as error:
+    except OSError as error:  # TimeoutError is one
         sys.exit(f"stabledrl.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command with --resume goes on from the last line of each log")
+        sys.exit("interrupted: the same command with --resume goes on from the last lines")
