@@ -1,38 +1,42 @@
 """StableDRL in one file: reinforcement learning for diffusion language models, where GRPO
-collapses. Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models,
-arXiv 2603.06743. On toy tasks the exact likelihood can be computed: the noise that the paper
-reasons about is measured.
+collapses.
+
+Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
+2603.06743. On toy tasks the exact likelihood can be computed: so the noise that the paper reasons
+about is measured here, and can be taken away.
 
 What a diffusion language model is. A GPT predicts the next token from those before it. A diffusion
 language model predicts *hidden* tokens from visible ones: it learns to fill in blanks, and it
 writes by starting from blanks and filling them in, one by one, in random order. A *block*-diffusion
-model writes block after block, B tokens each, from left to right; only within a block is the order
-free. B = 1: a GPT.
+model writes block after block of B tokens, left to right; only within a block is the order free.
+With B = 1 it is a GPT.
 
-How rewards train it. The model is a *policy* π_θ with weights θ. It answers each prompt G times:
+How rewards train it. The model is a *policy* π_θ with weights θ. It answers each prompt G times;
 these *completions* are a *group*. A judge gives each a reward; its *advantage* A says how much
-better it did than its group. Gradient ascent on Σ A·log π_θ makes the better ones likelier. That is
-right for the policy that wrote them ("old"); after one step the policy is another. To use
-completions for several steps, PPO and GRPO weigh each by the *importance ratio* ρ =
-π_θ(completion)/π_old(completion).
+better it did than its group. Gradient ascent on Σ A·log π_θ(completion) makes the better ones
+likelier. That is right for the policy that wrote them, called "old"; after one step the policy is
+another. To use completions for several steps, PPO and GRPO weigh each of them by its *importance
+ratio* ρ = π_θ(completion)/π_old(completion), which is 1 at the first step.
 
 Why GRPO breaks on such a model:
-  1. The order within a block is random, so π(completion) is a mean over B! orders per block: too many for
-     a real B of 32. One takes a random *estimate* L̂ of log π (§3), and ρ̂ = exp(L̂_θ − L̂_old) for ρ.
+  1. The order within a block is random, so π(completion) is a mean over B! orders per block: too
+     many for a real B of 32. One takes a random *estimate* L̂ of log π (§3), and for ρ the estimate
+     ρ̂ = exp(L̂_θ − L̂_old).
   2. exp magnifies noise: completions with ρ = 1 get ρ̂ = 50, or 80,000 (§5).
-  3. GRPO clips ρ̂ to [1−ε, 1+ε], but where A < 0 and ρ̂ is large its clip does nothing (§6): the gradient
-     of this one completion is multiplied by 80,000.
+  3. GRPO clips ρ̂ to [1−ε, 1+ε], but where A < 0 and ρ̂ is large its clip does nothing (§6): the
+     gradient of this one completion is multiplied by 80,000.
   4. The whole step follows it: the policy drifts away, and the reward collapses.
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
-group by their sum. To see them at work, read §6 and then `train` in §8, the loop in four numbered
-steps.
+group by their sum. No completion can weigh more than its group.
+
+Where to look: §6 is the paper; `train` in §8 is the loop, in four numbered steps.
   §1 Transformer                 §4 Rollout              §7 Diagnostics
   §2 Attention masks             §5 The exact answers    §8 Training
   §3 Forward process and ELBO    §6 The losses           §9 Command line
 
 Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
   q      prompts      (M, P)     M prompts of P tokens; in the toy task of addition, "12+34="
-  y      completions  (N, L)     N = M·G, L tokens each, "46.."; rows i·G .. i·G+G−1 answer prompt i
+  y      completions  (N, L)     N = M·G, of L tokens, "46.."; rows i·G .. i·G+G−1 answer prompt i
   B      block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
   G      group_size              completions per prompt
   K      copies                  copies of y with random tokens hidden ("noisy copies") per estimate
@@ -77,14 +81,13 @@ from toy_tasks import TASKS, decode, encode
 # attention mask (who may look at whom): a causal one would make it a GPT, those of §2 make it a
 # block-diffusion model. Three details matter later. A token's position is given, not counted, so
 # that a noisy copy can sit at the positions of its original. [MASK] can be read and never written.
-# `read` returns the keys and values of what it has read (the *cache*): a text need not be read
-# twice. In shapes: S tokens are read now, T is S plus the cached ones before; H heads of D
-# features.
+# And `read` returns the keys and values of what it has read, the *cache*: no text is read twice. In
+# shapes: S tokens are read now, T is S plus the cached ones before; H heads of D features.
 
 def rotate(x, turns):
-    """Rotary position embedding (Su et al. 2021), (..,S,D) -> (..,S,D): pairs of features, as
-    complex numbers, are turned by an angle that grows with the position; turns (S,D/2) has length
-    1."""
+    """Rotary position embedding (Su et al. 2021), (..,S,D) -> (..,S,D): pairs of features are
+    complex numbers, turned by an angle that grows with the position; turns (S,D/2) has absolute
+    value 1."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # (.., S, D/2)
     return torch.view_as_real(pairs * turns).flatten(-2)
 
@@ -100,9 +103,9 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(d_model, 4 * d_model), nn.ReLU(), nn.Linear(4 * d_model, d_model))
 
-    def forward(self, x, turns, mask, cache, start):
-        """x (N,S,d_model), mask (S,T), cache (2,M,H,T−S,D) or None -> (N,S−start,d_model), for the
-        tokens from `start` on, and keys and values of all T tokens, the new cache (2,N,H,T,D)."""
+    def forward(self, x, turns, mask, cache):
+        """x (N,S,d_model), mask (S,T), cache (2,M,H,T−S,D) or None -> (N,S,d_model), and keys and
+        values of all T tokens, the new cache (2,N,H,T,D)."""
         N = len(x)
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
@@ -110,9 +113,8 @@ class Layer(nn.Module):
         if cache is not None:
             cache = cache.repeat_interleave(N // cache.shape[1], dim=1)  # one row for N/M of x
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
-        q = rotate(q, turns)[:, :, start:]
-        y = F.scaled_dot_product_attention(q, *keys_values, attn_mask=mask[start:])
-        x = x[:, start:] + self.out(y.transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(rotate(q, turns), *keys_values, attn_mask=mask)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), keys_values
 
 class BlockDiffusionTransformer(nn.Module):
@@ -134,17 +136,15 @@ class BlockDiffusionTransformer(nn.Module):
         the column -> logits (N,S,vocab_size); that of [MASK] is −inf."""
         return self.read(tokens, positions, mask)[0]
 
-    def read(self, tokens, positions, mask, cache=None, start=0):
-        """Read tokens behind a cached text -> logits (N,S−start,vocab_size) of those from `start`
-        on, and the new cache. mask (S,T); cache as returned by an earlier `read`, or None: no text
-        before."""
+    def read(self, tokens, positions, mask, cache=None):
+        """Read tokens behind a cached text -> logits (N,S,vocab_size), and the new cache. mask (S,T);
+        cache: what an earlier `read` returned, or None if no text stands before."""
         exponents = torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim
         turns = torch.exp(1j * positions[:, None] * 10_000.0**-exponents)  # (S, D/2)
         x = self.embed(tokens)  # (N, S, d_model)
         new_cache = []
         for i, layer in enumerate(self.layers):
-            first = start if i == len(self.layers) - 1 else 0
-            x, keys_values = layer(x, turns, mask, cache and cache[i], first)
+            x, keys_values = layer(x, turns, mask, cache[i] if cache else None)
             new_cache.append(keys_values)
         return F.pad(self.head(self.norm(x)), (0, 1), value=-math.inf), new_cache
 
@@ -154,13 +154,13 @@ class BlockDiffusionTransformer(nn.Module):
 # (nothing hidden) and a noisy copy of b. The staircase does that for all blocks at once: the
 # completion is laid out twice. The clean half is the text before each block, the noisy half asks
 # the questions. A noisy token may look at clean blocks *strictly before* its own: with >= in place
-# of that one > it would see its own answer, and the model would learn to copy. K noisy copies share
-# the one clean half.
+# of that one > it would see its own answer, and the model would learn to copy. K noisy copies, with
+# different tokens hidden, share the one clean half.
 
 def check_lengths(block_size, *lengths):
     """AssertionError unless all are multiples: training and sampling would cut different blocks."""
     for length in lengths:
-        assert length % block_size == 0, f"lengths {lengths} must be multiples of block_size {block_size}"
+        assert length % block_size == 0, f"{lengths} are no multiples of block_size {block_size}"
 
 def block_causal_mask(length, block_size, device=None):
     """(length, length) bool, True = the row may look at the column: at its own block and all before
@@ -214,19 +214,20 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 # ==== §3  Forward process and ELBO ================================================================
 # What it teaches: how tokens are hidden, and the one number that is both the loss of pretraining
 # and the estimate L̂ of log π. The *forward process* of diffusion destroys a text; here it hides
-# tokens: in every block it draws m uniformly from 1..B and puts [MASK] in place of m random tokens,
-# which the model predicts. What has that to do with the probability of *writing* a block? (The logs
-# of the blocks' probabilities add up to that of the completion.)
+# tokens: in every block it draws a count m uniformly from 1..B and puts [MASK] in place of m random
+# tokens. The model predicts these. What has that to do with the probability of *writing* a block?
+# (One block is enough: the logs of the blocks' probabilities add up to that of the completion.)
 #   1. The model writes the B tokens one per step, in an order drawn by lot (§4):
 #          π(block) = mean over all B! orders of  ∏ over the B steps of  p(token | what is visible)
 #   2. The log of a mean is at least the mean of the logs (Jensen's inequality):
-#          log π(block) ≥ B · (mean of log p over a random step of a random order)
-#   3. At a random step of a random order m tokens are still hidden, m uniform on 1..B; any set of m is
-#      equally likely, and any of the m comes next. So the mean in line 2 is that of (1/m)·Σ_hidden log p
-#      over m and sets. Times B, and summed over blocks, it is the evidence lower bound of log π_θ(y):
-#   ELBO(y) = E_masks[ Σ_blocks  B/m · Σ_{i hidden}  log p_θ(y_i | noisy block, clean text before it) ]
-# Pretraining maximises it on right answers. RL computes what is in the brackets for K random masks,
-# and takes their mean as L̂. One function, `elbo`, serves both.
+#          log π(block) ≥ mean over orders of  Σ over steps of  log p
+#                       = B · (mean of log p over a random step of a random order)
+#   3. At such a step m tokens are still hidden, with m uniform on 1..B; any set of m is equally
+#      likely, and any of the m comes next. So the mean in the last line is the mean, over m and
+#      sets, of (1/m)·Σ_hidden log p. Times B, and summed over blocks:
+#   ELBO(y) = E_masks[ Σ_blocks B/m · Σ_{i hidden} log p_θ(y_i | noisy block, clean text before) ]
+# This *evidence lower bound* is at most log π_θ(y). Pretraining maximises it on right answers. RL
+# computes the bracket for K random masks and takes their mean as L̂. `elbo` serves both.
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool, True = hidden: in each block m ~ U{1..B} random places, on the generator's
@@ -264,9 +265,9 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     noisy = torch.where(masks, model.mask_id, completions[:, None])  # (N, K, L)
     tokens = torch.cat((completions, noisy.flatten(1)), dim=1)  # (N, L + K·L)
     _, cache = model.read(prompts, positions[:P], may_look[:P, :P])
-    logits, _ = model.read(tokens, positions[P:], may_look[P:], cache, start=L)  # (N, K·L, vocab)
-    targets = completions.repeat(1, K)  # (N, K·L)
-    return -F.cross_entropy(logits.mT, targets, reduction="none").view(N, K, L)
+    logits, _ = model.read(tokens, positions[P:], may_look[P:], cache)  # (N, L + K·L, vocab)
+    noisy_logits, targets = logits[:, L:], completions.repeat(1, K)  # (N, K·L, vocab), (N, K·L)
+    return -F.cross_entropy(noisy_logits.mT, targets, reduction="none").view(N, K, L)
 
 def elbo(model, prompts, completions, masks, block_size):
     """L̂ in nats (N,): Monte-Carlo ELBO of log π(completion | prompt), a mean over K copies,
@@ -280,12 +281,12 @@ def elbo(model, prompts, completions, masks, block_size):
 
 # ==== §4  Rollout =================================================================================
 # What it teaches: how completions are sampled, and which choice in it has a probability that can be
-# computed. Each step reveals one token of the block, and the model reads the block again. *Where*
-# is drawn by lot (order="random"), *what* from the model's prediction for that place: so
-# π(completion) is a plain mean over orders, and §5 computes it. This policy is trained.
-# order="confidence" writes where the model is surest: it answers better, but its probability is a
-# harder sum. It is for evaluation.
-#   What is read at each step, for B = 2 (_ is [MASK]; what is left of the bar is in the cache):
+# computed. Each step reveals one token of the block, then the model reads the block again. *Where*
+# is drawn by lot (order="random"), *what* from the model's prediction for that place. So
+# π(completion) is a plain mean over orders, §5 computes it, and RL trains this policy. In contrast,
+# order="confidence" writes where the model is surest. It answers better, but where it writes then
+# depends on all predictions: its probability is a harder sum, and it is used for evaluation only.
+#   What is read at each step, for B = 2 (_ is [MASK]; left of the bar: cached, not read again):
 #     12+34=|      12+34=|__   12+34=|4_      12+34=|46      12+34=46|__   12+34=46|_.
 
 @torch.no_grad()
@@ -330,18 +331,20 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # What it teaches: what L̂ is an estimate *of*, what the truth costs, and what exp makes of noise. A
 # block can be hidden in only 2^B − 1 ways: 3 for B = 2. With a noisy copy for each, a weighted sum
 # of the log p is the ELBO without noise, and a sum over all ways to write the block is π itself.
-# Where noise comes from: say one of two tokens is certain and the other has p = 0.01, log p = −4.6,
+#
+# Where noise comes from. Say one of two tokens is certain and the other has p = 0.01, log p = −4.6,
 # whatever is visible. With the weight B/m, L̂ of this block is
 #     −4.6 if both are hidden (m = 2: one time in two),
 #      0   if only the certain one is (m = 1: one time in four),
 #     −9.2 if only the unlikely one is (m = 1: one time in four).
-# Right on average. But L̂_θ and L̂_old draw masks of their own, and may differ by 9.2 although θ =
-# θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1. (A coupled pair always gives −4.6.) What exp makes of it:
-# let log ρ̂ = log ρ + η, so ρ̂ = ρ·e^η. If the noise η is normal, with mean 0 and deviation σ, then
-# E[e^η] = e^(σ²/2): at σ = 2 nats ratios are 7 times too large on average, and a few huge ones make
-# that average. K copies lower σ as 1/√K, coupled masks lower it more. If L̂_θ uses the masks of
-# L̂_old again (--shared_masks), η nearly cancels, though g stays as noisy. The other error, the
-# *bias* log π − ELBO, hardly moves in one update and cancels in the ratio.
+# That is right on average. But L̂_θ and L̂_old draw masks of their own, and may differ by 9.2
+# though θ = θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1. (A coupled pair of §3 always gives −4.6.)
+#
+# What exp makes of it. Let log ρ̂ = log ρ + η, so ρ̂ = ρ·e^η. If the noise η is normal with mean 0
+# and deviation σ, then E[e^η] = e^(σ²/2): at σ = 2 nats ratios are 7 times too large on average,
+# and a few huge ones make that average. K copies lower σ as 1/√K, coupled masks lower it more. If
+# L̂_θ uses the masks of L̂_old again (--shared_masks), η nearly cancels, though g stays as noisy.
+# The other error, the *bias* log π − ELBO, hardly moves in one update, and cancels in the ratio.
 
 MAX_EXACT_BLOCK = 8  # B for which 2^B − 1 copies are still affordable
 
@@ -411,27 +414,31 @@ ESTIMATORS = {
 # What it teaches: the corner that GRPO leaves open, and the two lines with which StableDRL closes
 # it. A GPT has a ratio per token. Here there is one per completion, with the noise of all its
 # tokens: a token's term in an ELBO depends on which others were hidden, so it is no probability by
-# itself. GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). L̂_old is constant, so ∇ρ̂ = ∇exp(L̂_θ −
-# L̂_old) = ρ̂·g: where min takes the first term the gradient is ρ̂·A·g; where it takes the second
-# and the clip binds, that is a constant, and its gradient is 0. All losses here move θ along Σ
-# weight·A·g / divisor:
-#     weight        GRPO, A > 0      GRPO, A < 0            StableDRL, any A
-#     ρ̂ < 1−ε       ρ̂                0                      1−ε (cannot happen if ε ≥ 1)
-#     in between    ρ̂                ρ̂                      ρ̂
-#     ρ̂ > 1+ε       0                ρ̂, WITHOUT BOUND       1+ε
-#     divisor       N                N                      Σ of the group's weights, then number of groups
+# itself.
+#
+# GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). With ρ̂ = exp(L̂_θ − L̂_old) and L̂_old constant, ∇ρ̂
+# = ρ̂·g. Where min takes the first term the gradient is ρ̂·A·g; where it takes the second and the
+# clip binds, that is a constant, and its gradient is 0. All losses here move θ along Σ weight·A·g /
+# divisor:
+#     weight        GRPO, A > 0    GRPO, A < 0           StableDRL, any A
+#     ρ̂ < 1−ε       ρ̂              0                     1−ε (cannot happen if ε ≥ 1)
+#     in between    ρ̂              ρ̂                     ρ̂
+#     ρ̂ > 1+ε       0              ρ̂, WITHOUT BOUND      1+ε
+#     divisor       N              N                     Σ of the group's weights · number of groups
 # The open corner has a reason: a bad completion that has become likelier must be pulled back hard.
 # That is right for an exact ratio, which stays near 1. For an estimate, ρ̂ = 1,000 mostly says that
-# the noise was 6.9 nats. (Clipping the gradient's norm, as §8 does, shortens such a step and does
-# not turn it.) StableDRL, per group:   ∇J = Σ_j w_j A_j g_j / Σ_j w_j,   w_j = clip(ρ̂_j, 1−ε,
-# 1+ε), held constant. Line 1 clips whatever the sign of A. Line 2 divides by the group's sum: the
-# update is a weighted mean of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the
-# ratios are. Line 1 alone (clip_only): the size of the update swings with the ratios. Line 2 alone
-# (norm_only): one outlier takes all the weight. No ratio (no_ratio): all weigh 1/G, as if the
-# policy had not moved since it sampled. The price: StableDRL has no 0. GRPO stops pushing what has
-# moved by more than ε; StableDRL does not. And ε means two things: GRPO's is a small trust region
-# (0.2), StableDRL's cuts a long tail (5 in the paper; from 1 on only 1+ε matters). While all ρ̂ are
-# 1, every loss has the policy gradient −mean A·g.
+# the noise was 6.9 nats. (Clipping the gradient's norm shortens such a step, and does not turn it.)
+#
+# StableDRL moves θ, for each group, along
+#     Σ_j w_j A_j g_j / Σ_j w_j,     w_j = clip(ρ̂_j, 1−ε, 1+ε), held constant.
+# Line 1 clips whatever the sign of A. Line 2 divides by the group's sum: the update is a weighted
+# mean of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are.
+#     line 1 alone (clip_only)   the size of the update swings with the ratios
+#     line 2 alone (norm_only)   one outlier takes all the weight of its group
+#     no ratio (no_ratio)        all weigh 1/G, as if the policy were still the one that sampled
+# The price: no 0 in StableDRL's column. GRPO stops pushing what it has moved by more than ε;
+# StableDRL does not. And ε means two things: GRPO's is a small trust region (0.2), StableDRL's cuts
+# a long tail (5 in the paper). Where all ρ̂ are 1, every loss has the policy gradient, −mean A·g.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,) -> (N,): (reward − mean of its group) / (standard deviation of its group). Equal
@@ -479,10 +486,9 @@ LOSSES = {
 }
 
 # ==== §7  Diagnostics =============================================================================
-# What it teaches: what to watch before the reward falls: how far the ratios spread, and the
-# gradient's norm before clipping (§8). Best is `spread` (§8), the deviation of log ρ̂ at a batch's
-# first update, where every ρ is 1: it is the noise itself, seen without an oracle, and a model of
-# any size can log it.
+# What it teaches: what to watch before the reward falls: how far the ratios spread, and the norm of
+# the gradient before it is clipped (§8). Best is `spread` (§8), the deviation of log ρ̂ at the
+# first update of a batch, where every ρ is 1: the noise itself, which a model of any size can log.
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
     """log_ratio (N,) -> dict of floats, about the ratios before any clipping. ratio_max: the
@@ -502,10 +508,10 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size):
 # ==== §8  Training ================================================================================
 # What it teaches: where the old and the new policy part, in one loop, `train`. A batch of
 # completions is sampled, scored by the policy as it is ("old"), and used for μ updates. At the
-# first θ = θ_old and every ρ is 1; later not. The *estimate* ρ̂ is noisy at the first as well: L̂_θ
-# draws its own masks (as in the paper; --shared_masks changes that). Every purpose has its own
-# random stream, which depends on the seed and the batch alone: with one seed all losses start from
-# one base and see the same prompts.
+# first θ = θ_old and every ρ is 1; later not. The *estimate* ρ̂ is noisy at the first as well, as
+# L̂_θ draws its own masks (as in the paper; --shared_masks changes that). Every purpose has its own
+# random stream, which depends on seed and batch alone: with one seed all losses see the same base
+# and the same prompts.
 
 def stream(config, purpose):
     """A random generator for one purpose: one more draw of masks must not change what is

@@ -132,7 +132,7 @@ def test_attention_and_frequencies_against_plain_loops():
         assert torch.allclose(model(tokens, positions, may)[0, :, :4].double(), logits, atol=1e-3)
 
 def test_a_text_read_in_pieces_is_the_text_read_at_once():
-    """§1: to 1e-5, whatever the pieces; with start, the last logits and no others; a cached row serves N/M rows."""
+    """§1: to 1e-5, whatever the pieces; the cache is that of all; and a cached row serves N/M rows."""
     model, (prompts, completions) = tiny_model(), batch()
     tokens, positions, may = torch.cat((prompts, completions), 1), torch.arange(10), S.block_causal_mask(10, 2)
     whole, pieces, cache = model(tokens, positions, may), [], None
@@ -140,8 +140,7 @@ def test_a_text_read_in_pieces_is_the_text_read_at_once():
         logits, cache = model.read(tokens[:, a:b], positions[a:b], may[a:b, :b], cache)
         pieces.append(logits)
     assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-5)
-    last, full_cache = model.read(tokens, positions, may, start=7)
-    assert last.shape == (3, 3, 5) and torch.allclose(last, whole[:, 7:], atol=1e-5)
+    _, full_cache = model.read(tokens, positions, may)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(cache, full_cache))
     assert [layer.shape for layer in cache] == [(2, 3, 2, 10, 8)] * 2  # keys and values, N, heads, tokens, features
     _, cache = model.read(prompts, positions[:4], may[:4, :4])
@@ -401,8 +400,8 @@ class FakeModel(torch.nn.Module):
         super().__init__()
         self.logits, self.mask_id = logits, mask_id
 
-    def read(self, tokens, positions, mask, cache=None, start=0):
-        return self.logits(tokens, positions)[:, start:], None
+    def read(self, tokens, positions, mask, cache=None):
+        return self.logits(tokens, positions), None
 
 def test_confidence_is_measured_at_temperature_one():
     """Two places whose order of confidence would turn round if greedy decoding read the logits at half or double size:
@@ -1113,7 +1112,7 @@ BAD_INPUT = {
     "--mu 0": "--mu must be at least 1",
     "--updates 0": "--updates must be at least 1",
     "--prompts 0": "--prompts must be at least 1",
-    "--block_size 3": "lengths (4,) must be multiples of block_size 3",
+    "--block_size 3": "(4,) are no multiples of block_size 3",
     "--block_size 0": "--block_size must be at least 1",
     "--d_model 30": "d_model 30 is no multiple of 2·4 heads",
     "--n_head 0": "--n_head must be at least 1",
@@ -1495,3 +1494,130 @@ def test_addition_explains_mistakes_in_words():
     assert explain("18+05=", "2.3.") == "should be 23..: this is not a number followed by dots"
     assert explain("01+02=", "03..") == "should be 3...: the right number, written the wrong way"
     assert explain("1+2=", "3...") == "not a prompt of this task"
+
+# README ----------------------------------------------------------------------------------------------------------------
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    """The python block, in a fresh namespace; every command line is one that the parser accepts; every flag exists."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    with mock.patch.dict(S.LOSSES), mock.patch.dict(S.ESTIMATORS), contextlib.redirect_stdout(io.StringIO()):
+        names = {}
+        exec(compile(code, "README.md", "exec"), names)
+    A = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    assert gradient(names["dual_clip"], [0.3, 7.0, -0.1, 0.0], A, 5.0, 4)[1][:2] == [0.0, 0.0], "the corner is closed"
+    assert gradient(names["per_token"], [4.0] * 4, -A, 0.2, 4)[1][0] == pytest.approx(math.exp(1) / 16)
+    rows = re.findall(r"^\| `(--[^`]*)` \|", README, re.M)
+    assert len(rows) == 5
+    for i, flags in enumerate(rows):
+        assert S.parse(f"--updates 400 {flags} --out {tmp_path / str(i)}".split())
+    flags = {f"--{field.name}" for field in dataclasses.fields(S.Config)}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9-]*", README + SOURCE)) <= flags
+
+def test_readme_quotes_the_two_lines_of_stabledrl():
+    """The two lines that README shows are those of the loss, up to their names."""
+    two = [re.sub(r"\s+", "", line.split("#")[0]) for line in re.findall(r"^(?:log_clipped|weights) .*", README, re.M)]
+    source = re.sub(r"\s+", "", SOURCE).replace("groups=log_clipped.view(-1,group_size)", "")
+    assert len(two) == 2 and two[0] in source
+    assert two[1].replace("log_clipped.view(-1,group_size)", "groups") in source
+
+RESULTS = sorted((HERE / ".github" / "results").glob("*.jsonl"))
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_results_page_agrees_with_the_kept_lines(path):
+    """Every setting's times the base, mean ± deviation over its seeds by Python's own statistics, is on the page; for the
+    few settings whose seeds are printed one by one, these."""
+    page, groups = " ".join((path.parent / "README.md").read_text().split()), {}
+    for line in path.read_text().splitlines():
+        run = json.loads(line)
+        times = run["final reward"] / run["base reward"]
+        numbers = ("seed", "base reward", "final reward", "accuracy", "largest ratio", "noise (nats)", "seconds")
+        setting = json.dumps({k: v for k, v in run.items() if k not in numbers})
+        assert run["seed"] not in groups.setdefault(setting, {}), "a seed stands twice"
+        groups[setting][run["seed"]] = times
+    for setting, by_seed in groups.items():
+        times = [by_seed[seed] for seed in sorted(by_seed)]
+        if len(times) > 1 and path.stem not in ("hot", "first"):
+            summed = f"{statistics.mean(times):.2f} ± {statistics.stdev(times):.2f}"
+            assert summed in page or " / ".join(f"{x:.2f}" for x in times) in page, f"{setting}: {summed}"
+
+# Benchmarks, not in the default run: pytest -m bench -s ------------------------------------------------------------------
+
+def alternately(*functions, repeats=7):
+    """Run the functions in turn -> the median seconds of each. In turn, since the machine's speed varies with time."""
+    seconds = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, times in zip(functions, seconds):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times[1:]) for times in seconds]  # the first was for warming up
+
+@pytest.mark.bench
+@pytest.mark.parametrize("L", [16, 64])
+def test_bench_cached_generation_against_recomputation(L):
+    """P = 16, B = 4, 256 completions. The other way reads the whole sequence for every token; its time per token does
+    not depend on the token, and is measured on one of the L."""
+    model, (prompts, completions) = S.BlockDiffusionTransformer(14), batch(256, 16, L, 14)
+    whole, may = torch.cat((prompts, completions), 1), S.block_causal_mask(16 + L, 4)
+    cached = lambda: S.generate(model, prompts, L, 4, generator=seeded(1))
+    with torch.no_grad():
+        fast, slow = alternately(cached, lambda: model(whole, torch.arange(16 + L), may))
+    print(f"\nL = {L:3}: {1e3 * fast:.0f} ms cached, {1e3 * slow * L:.0f} ms recomputed, ratio {slow * L / fast:.1f}")
+
+@pytest.mark.bench
+def test_bench_one_staircase_pass_against_one_pass_per_block():
+    """P = 16, 16 blocks of B = 4, K = 2, 32 completions: likelihood and its gradient."""
+    (P, L, B, K, N), model = (16, 64, 4, 2, 32), S.BlockDiffusionTransformer(14)
+    prompts, completions = batch(N, P, L, 14)
+    masks = S.sample_masks(N, K, L, B, seeded())
+
+    def per_block():
+        parts = []
+        for k, start in itertools.product(range(K), range(P, P + L, B)):
+            block = slice(start - P, start - P + B)
+            noisy = torch.where(masks[:, k, block], model.mask_id, completions[:, block])
+            tokens = torch.cat((prompts, completions[:, : start - P], noisy), 1)
+            logits = model(tokens, torch.arange(start + B), S.block_causal_mask(start + B, B))[:, -B:]
+            log_p = logits.log_softmax(-1).gather(-1, completions[:, block, None])[..., 0]
+            hidden = masks[:, k, block]
+            parts.append((B / hidden.sum(-1, keepdim=True) * hidden * log_p).sum(-1))
+        return torch.stack(parts).sum(0) / K
+
+    one_pass = lambda: S.elbo(model, prompts, completions, masks, B)
+    assert torch.allclose(one_pass(), per_block(), atol=1e-3)
+    fast, slow = alternately(lambda: one_pass().sum().backward(), lambda: per_block().sum().backward())
+    print(f"\n16 blocks, K = 2: {1e3 * fast:.0f} ms in one pass, {1e3 * slow:.0f} ms block by block, {slow / fast:.1f}")
+
+@pytest.mark.bench
+def test_bench_noise_of_the_ratio_at_the_base_policy():
+    """§5: the base of the main job, seed 0, and 20,000 of its completions. Old and new weights are the same, so the true
+    ratio is 1, and log ρ̂, the difference of two estimates, is noise. It asserts what §5 says of it."""
+    n, task, base, generator, deviation = 20_000, TASKS["addition"], S.pretrain(S.Config()), seeded(), {}
+    with torch.no_grad():
+        prompts, y, _ = S.answer(base, task, task.sample(np.random.default_rng(0), n, "train")[0], 2, generator=generator)
+        for name, K in (("independent", 1), ("independent", 4), ("independent", 8), ("coupled", 2)):
+            draws = [S.elbo(base, prompts, y, S.MASKS[name](n, K, 4, 2, generator), 2).double() for _ in range(2)]
+            log_ratio = draws[0] - draws[1]
+            often, rarely = 1 / (log_ratio.exp() > 50).double().mean(), log_ratio.exp().quantile(0.999)
+            deviation[name, K] = log_ratio.std().item()
+            print(f"\n{name}, K = {K}: {deviation[name, K]:.2f} nats; 1 in {often:.0f} above 50, 1 in 1,000 above {rarely:,.0f}")
+        bias = (S.exact_log_likelihood(base, prompts, y, 2) - S.exact_elbo(base, prompts, y, 2)).mean().item()
+    print(f"\nbias, log π − ELBO: {bias:.3f} nats")
+    assert deviation["independent", 4] == pytest.approx(deviation["independent", 1] / 2, rel=0.1)
+    assert deviation["coupled", 2] < deviation["independent", 8] and 0 < bias < 0.1
+
+# A learning run, not in the default run ---------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_grpo_collapses_on_the_estimate_and_learns_on_the_exact_ratio(tmp_path):
+    """The main job with half of its updates: GRPO falls below half of its first line on the estimate, rises by half on
+    the exact ratio, and StableDRL ends above three times GRPO, all on seed 0."""
+    S.main(f"--updates 600 --seed 0 --out {tmp_path}".split())
+    first, final = {}, {}
+    for path in tmp_path.glob("*/log.jsonl"):
+        config, *rows = map(json.loads, path.read_text().splitlines())
+        policy = config["loss"], config["estimator"]
+        first[policy], final[policy] = rows[0]["reward"], statistics.mean(row["reward"] for row in rows[-5:])
+    assert final["grpo", "elbo"] < first["grpo", "elbo"] / 2 and final["grpo", "exact"] > 1.5 * first["grpo", "exact"]
+    assert final["stabledrl", "elbo"] > 3 * final["grpo", "elbo"]
