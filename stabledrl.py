@@ -9,7 +9,7 @@ What a diffusion language model is. A GPT predicts the next token from those bef
 language model predicts *hidden* tokens from visible ones: it learns to fill in blanks, and it
 writes by starting from blanks and filling them in, one by one, in random order. A *block*-diffusion
 model writes block after block of B tokens, left to right; only within a block is the order free.
-With B = 1 it is a GPT.
+With B = 1 it factorises like a GPT.
 
 How rewards train it. The model is a *policy* π_θ with weights θ. It answers each prompt G times;
 these *completions* are a *group*. A judge gives each a reward; its *advantage* A says how much
@@ -22,12 +22,12 @@ Why GRPO breaks on such a model:
   1. The order within a block is random, so π(completion) is a mean over B! orders per block: too
      many for a real B of 32. One takes a random *estimate* L̂ of log π (§3), and for ρ the estimate
      ρ̂ = exp(L̂_θ − L̂_old).
-  2. exp magnifies noise: completions with ρ = 1 get ρ̂ = 50, or 80,000 (§5).
-  3. GRPO clips ρ̂ to [1−ε, 1+ε], but where A < 0 and ρ̂ is large its clip does nothing (§6): the
-     gradient of this one completion is multiplied by 80,000.
-  4. The whole step follows it: the policy drifts away, and the reward collapses.
+  2. exp magnifies noise: completions whose ρ is 1 get a ρ̂ of 10,000 (§5).
+  3. GRPO clips ρ̂ to [1−ε, 1+ε], but only half: a large ρ̂ counts 0 for a good completion (A > 0)
+     and 10,000 for a bad one (§6). So noise makes the policy unlearn, one completion per step.
+  4. It drifts away from all that it could do, and the reward collapses.
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
-group by their sum. No completion can weigh more than its group.
+group by their sum, so that they are shares of 1.
 
 Where to look: §6 is the paper; `train` in §8 is the loop, in four numbered steps.
   §1 Transformer                 §4 Rollout              §7 Diagnostics
@@ -74,7 +74,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from toy_tasks import TASKS, decode, encode
+from toy_tasks import TASKS, decode, encode  # a task makes prompts and judges answers, as strings
 
 # ==== §1  Transformer =============================================================================
 # What it teaches: nothing in here is diffusion. This is an ordinary transformer that is given its
@@ -107,11 +107,12 @@ class Layer(nn.Module):
         """x (N,S,d_model), mask (S,T), cache (2,M,H,T−S,D) or None -> (N,S,d_model), and keys and
         values of all T tokens, the new cache (2,N,H,T,D)."""
         N = len(x)
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
+        qkv = self.qkv(self.norm1(x))  # (N, S, 3·d_model)
+        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
         keys_values = torch.stack((rotate(k, turns), v))  # (2, N, H, S, D)
         if cache is not None:
-            cache = cache.repeat_interleave(N // cache.shape[1], dim=1)  # one row for N/M of x
+            cache = cache.repeat_interleave(N // cache.shape[1], dim=1)  # once per completion
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
         y = F.scaled_dot_product_attention(rotate(q, turns), *keys_values, attn_mask=mask)
         x = x + self.out(y.transpose(1, 2).flatten(2))
@@ -137,8 +138,8 @@ class BlockDiffusionTransformer(nn.Module):
         return self.read(tokens, positions, mask)[0]
 
     def read(self, tokens, positions, mask, cache=None):
-        """Read tokens behind a cached text -> logits (N,S,vocab_size), and the new cache. mask (S,T);
-        cache: what an earlier `read` returned, or None if no text stands before."""
+        """Read tokens behind a cached text -> logits (N,S,vocab_size), and the new cache. mask
+        (S,T); cache: what an earlier `read` returned, or None if no text stands before."""
         exponents = torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim
         turns = torch.exp(1j * positions[:, None] * 10_000.0**-exponents)  # (S, D/2)
         x = self.embed(tokens)  # (N, S, d_model)
@@ -146,7 +147,8 @@ class BlockDiffusionTransformer(nn.Module):
         for i, layer in enumerate(self.layers):
             x, keys_values = layer(x, turns, mask, cache[i] if cache else None)
             new_cache.append(keys_values)
-        return F.pad(self.head(self.norm(x)), (0, 1), value=-math.inf), new_cache
+        logits = self.head(self.norm(x))
+        return F.pad(logits, (0, 1), value=-math.inf), new_cache
 
 # ==== §2  Attention masks =========================================================================
 # What it teaches: how one pass scores every block, each given the true text before it, without any
@@ -236,7 +238,7 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
     blocks, device = (num_seqs, copies, completion_len // block_size), generator.device
     m = torch.randint(1, block_size + 1, (*blocks, 1), generator=generator, device=device)
     lots = torch.rand(*blocks, block_size, generator=generator, device=device)  # (N, K, L/B, B)
-    rank = lots.argsort(-1).argsort(-1)  # of each place among the lots of its block, 0..B−1
+    rank = lots.argsort(-1).argsort(-1)  # argsort twice: the rank of each lot in its block
     return (rank < m).flatten(-2)  # (N, K, L)
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
@@ -266,8 +268,9 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     tokens = torch.cat((completions, noisy.flatten(1)), dim=1)  # (N, L + K·L)
     _, cache = model.read(prompts, positions[:P], may_look[:P, :P])
     logits, _ = model.read(tokens, positions[P:], may_look[P:], cache)  # (N, L + K·L, vocab)
-    noisy_logits, targets = logits[:, L:], completions.repeat(1, K)  # (N, K·L, vocab), (N, K·L)
-    return -F.cross_entropy(noisy_logits.mT, targets, reduction="none").view(N, K, L)
+    noisy_logits = logits[:, L:].mT  # (N, vocab, K·L), as cross_entropy wants it
+    targets = completions.repeat(1, K)  # (N, K·L)
+    return -F.cross_entropy(noisy_logits, targets, reduction="none").view(N, K, L)
 
 def elbo(model, prompts, completions, masks, block_size):
     """L̂ in nats (N,): Monte-Carlo ELBO of log π(completion | prompt), a mean over K copies,
@@ -280,12 +283,12 @@ def elbo(model, prompts, completions, masks, block_size):
     return per_copy.mean(-1)
 
 # ==== §4  Rollout =================================================================================
-# What it teaches: how completions are sampled, and which choice in it has a probability that can be
-# computed. Each step reveals one token of the block, then the model reads the block again. *Where*
-# is drawn by lot (order="random"), *what* from the model's prediction for that place. So
-# π(completion) is a plain mean over orders, §5 computes it, and RL trains this policy. In contrast,
-# order="confidence" writes where the model is surest. It answers better, but where it writes then
-# depends on all predictions: its probability is a harder sum, and it is used for evaluation only.
+# What it teaches: how completions are sampled, and why their probability can be computed. Each step
+# reveals one token of the block, then the model reads the block again. *Where* is drawn by lot
+# (order="random"), *what* from the model's prediction for that place. So π(completion) is a plain
+# mean over orders, §5 computes it, and RL trains this policy. In contrast, order="confidence"
+# writes where the model is surest. It answers better, but where it writes then depends on all
+# predictions: its probability is a harder sum, and it is used for evaluation only.
 #   What is read at each step, for B = 2 (_ is [MASK]; left of the bar: cached, not read again):
 #     12+34=|      12+34=|__   12+34=|4_      12+34=|46      12+34=46|__   12+34=46|_.
 
@@ -320,7 +323,7 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
             assert logits.logsumexp(-1).isfinite().all(), "the model's logits are not finite"
             token = logits.argmax(-1, keepdim=True)  # (N, 1)
             if temperature > 0:
-                p = (logits / temperature).softmax(-1)
+                p = (logits / temperature).softmax(-1)  # (N, vocab)
                 token = torch.multinomial(p, 1, generator=generator)
             block = block.scatter(1, place, token)
         blocks.append(block)
@@ -360,8 +363,8 @@ def every_pattern(model, prompts, completions, block_size):
     into a pass. AssertionError if B is above MAX_EXACT_BLOCK."""
     B, L = block_size, completions.shape[1]
     assert B <= MAX_EXACT_BLOCK, f"2^B − 1 copies for block_size {B}: at most {MAX_EXACT_BLOCK}"
-    bits = [*itertools.product((False, True), repeat=B)][1:]  # the binary digits of 1, 2, ..
-    patterns = torch.tensor(bits, device=completions.device).flip(-1)  # (2^B−1, B)
+    bits = [*itertools.product((False, True), repeat=B)]  # binary digits of 0, 1, 2, ..
+    patterns = torch.tensor(bits[1:], device=completions.device).flip(-1)  # (2^B−1, B): bit i at i
     masks = patterns.repeat(1, L // B).expand(len(completions), -1, -1)  # (N, 2^B−1, L)
     parts = masks.split(16, dim=1)
     log_p = [token_log_probs(model, prompts, completions, part, B) for part in parts]
@@ -372,7 +375,8 @@ def exact_elbo(model, prompts, completions, block_size):
     (N,)"""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
     # probability 1/B for the count m, 1/C(B,m) for the pattern; times the weight B/m of the ELBO
-    weights = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
+    counts = patterns.sum(-1).tolist()
+    weights = [1 / (math.comb(block_size, m) * m) for m in counts]
     weights = torch.tensor(weights, device=log_p.device)[:, None] * patterns  # (2^B−1, B)
     return (weights[:, None] * log_p).sum((1, 2, 3))
 
@@ -433,7 +437,7 @@ ESTIMATORS = {
 #     Σ_j w_j A_j g_j / Σ_j w_j,     w_j = clip(ρ̂_j, 1−ε, 1+ε), held constant.
 # Line 1 clips whatever the sign of A. Line 2 divides by the group's sum: the update is a weighted
 # mean of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are.
-#     line 1 alone (clip_only)   the size of the update swings with the ratios
+#     line 1 alone (clip_only)   groups with large ratios outweigh the others
 #     line 2 alone (norm_only)   one outlier takes all the weight of its group
 #     no ratio (no_ratio)        all weigh 1/G, as if the policy were still the one that sampled
 # The price: no 0 in StableDRL's column. GRPO stops pushing what it has moved by more than ε;
@@ -447,7 +451,8 @@ def group_advantages(rewards, group_size):
     groups = rewards.view(-1, group_size)  # (M, G)
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
     centred = groups - groups.mean(-1, keepdim=True)
-    return (centred / (groups.std(-1, correction=0, keepdim=True) + 1e-6)).flatten()
+    deviation = groups.std(-1, correction=0, keepdim=True)
+    return (centred / (deviation + 1e-6)).flatten()
 
 def check_batch(log_ratio, advantages, group_size):
     """AssertionError unless both are (N,) and N is a multiple of group_size."""
@@ -459,8 +464,8 @@ def check_batch(log_ratio, advantages, group_size):
 def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     """GRPO without KL term: log_ratio (N,), advantages (N,) -> scalar. group_size is not used."""
     check_batch(log_ratio, advantages, group_size)
-    overflow = (log_ratio - 80).clamp(min=0).detach()  # float32 ends at e^88: no ratio above e^80
-    ratio = (log_ratio - overflow).exp()
+    overflow = (log_ratio - 80).clamp(min=0).detach()  # float32 ends at e^88; so stop at e^80, and
+    ratio = (log_ratio - overflow).exp()  # subtract: clamping log_ratio would zero its gradient
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     per_sequence = torch.minimum(ratio * advantages, clipped * advantages)
     return -per_sequence.mean()
@@ -481,7 +486,7 @@ LOSSES = {
     "grpo": (grpo_loss, 0.2),
     "stabledrl": (stabledrl_loss, 5.0),
     "clip_only": (functools.partial(stabledrl_loss, normalise=False), 5.0),  # without line 2
-    "norm_only": (stabledrl_loss, math.inf),  # without line 1
+    "norm_only": (stabledrl_loss, 1e30),  # without line 1
     "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
 }
 
@@ -580,15 +585,15 @@ def train(config, base):
     rows = restore(config, model, optimizer)
     began = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
     recent = collections.defaultdict(list)  # every number since the last line of the log
-    for batch in range(len(rows) * config.log_every, config.updates, mu):
-        log_is_due = (batch + mu) % config.log_every == 0
+    for done in range(len(rows) * config.log_every, config.updates, mu):  # updates made so far
+        log_is_due = (done + mu) % config.log_every == 0
         measure_noise = log_is_due and B <= MAX_EXACT_BLOCK
 
         # (1) The old policy answers each prompt G times, and the answers are judged.
-        rng = np.random.default_rng([config.seed, 1, batch])
+        rng = np.random.default_rng([config.seed, 1, done])
         texts, _ = task.sample(rng, config.prompts, "train")
-        lots, masking = stream(config, f"samples {batch}"), stream(config, f"masks {batch}")
-        prompts, completions, rewards = answer(model, task, texts, B, samples=G, generator=lots)
+        sampling, masking = stream(config, f"samples {done}"), stream(config, f"masks {done}")
+        prompts, completions, rewards = answer(model, task, texts, B, samples=G, generator=sampling)
         advantages = group_advantages(rewards, G)
 
         # (2) L̂_old: how likely the old policy finds them. And the truth, where the log wants it.
@@ -601,14 +606,14 @@ def train(config, base):
                 recent["drift"].append((old_truth - base_truth).mean().item())
 
         # (3) μ updates learn from them: L̂_θ, the ratio, the loss, a step.
-        for update in range(batch + 1, batch + mu + 1):
+        for update in range(done + 1, done + mu + 1):
             if not config.shared_masks:
                 masks = draw_masks(N, config.copies, L, B, masking)
             log_prob = estimate(model, prompts, completions, masks, B)  # (N,)
             log_ratio = log_prob - old_log_prob
-            if update == batch + 1:
+            if update == done + 1:
                 recent["spread"].append(log_ratio.std(correction=0).item())
-            if measure_noise and update == batch + mu:
+            if measure_noise and update == done + mu:
                 truth = exact_log_likelihood(model, prompts, completions, B)
                 noise = log_ratio - (truth - old_truth)
                 recent["noise_std"].append(noise.std(correction=0).item())
@@ -616,7 +621,7 @@ def train(config, base):
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            if not (loss + grad_norm + log_ratio.sum()).isfinite():
+            if not (loss + grad_norm + log_ratio.sum()).isfinite():  # if one of them is not
                 raise FloatingPointError(
                     f"update {update} was not made: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
             optimizer.step()
@@ -644,7 +649,8 @@ def save(config, model, optimizer, rows):
     folder.mkdir(parents=True, exist_ok=True)
     first = {"run": folder.name, **vars(config)}
     del first["out"], first["resume"]  # the same run makes the same log wherever it is
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, [first, *rows])) + "\n")
+    lines = [json.dumps(line) + "\n" for line in [first, *rows]]
+    (folder / "log.jsonl").write_text("".join(lines))
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}
     save_as(folder / "checkpoint.pt", state)
 
@@ -709,7 +715,7 @@ class Config(BaseConfig):
     prompts: int = 32  # prompts per batch of completions
     group_size: int = 8  # G, completions per prompt
     mu: int = 2  # μ, updates per batch of completions
-    max_grad_norm: float = 1.0  # clip the norm of the gradient to this; inf: never
+    max_grad_norm: float = 1.0  # clip the norm of the gradient to this; 1e9: never
     updates: int = 1200  # updates of RL
     log_every: int = 40  # updates per line of the log
     out: str = "runs"  # folder for all that is written
@@ -761,29 +767,25 @@ def check(config):
     draw_masks, estimate = MASKS[config.masks], ESTIMATORS[config.estimator]
     B = config.block_size
     masks = draw_masks(2, config.copies, task.completion_len, B, torch.Generator())
-    check_batch(estimate(model.cpu(), prompts, completions, masks, B), torch.zeros(2), 2)
+    log_prob = estimate(model.cpu(), prompts, completions, masks, B)
+    check_batch(log_prob, torch.zeros(2), 2)
     restore(config, model, torch.optim.Adam(model.parameters(), config.lr))
     if folder.exists() and not config.resume:
         raise ValueError(f"{folder} exists: --resume it, or choose another --out")
     Path(config.out).mkdir(parents=True, exist_ok=True)
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
-
-    def error(self, message):
-        self.exit(2, f"stabledrl.py: error: {' '.join(message.split())}\n")
-
 def parse(argv):
     """Command line -> list of Config, one per run. Bad input: one line, status 2, and no work
     done."""
-    parser = Parser(description="The flags are explained in §9: class Config")
+    parser = argparse.ArgumentParser(description="The flags are explained in §9: class Config")
+    parser.error = lambda message: parser.exit(2, f"stabledrl.py: error: {message}\n")
     for field in dataclasses.fields(Config):
         is_bool = field.type is bool  # --resume, or --resume 1, or --resume 0
         parser.add_argument(
             f"--{field.name}", type=int if is_bool else field.type, nargs="*" if is_bool else "+",
             choices=CHOICES.get(field.name))
     given = vars(parser.parse_args(argv))
-    grid = {name: values or [1] for name, values in given.items() if values is not None}
+    grid = {name: values or [1] for name, values in given.items() if values is not None}  # bare: 1
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     if "loss" not in grid and "estimator" not in grid:
         points = [point | policy for point in points for policy in MAIN_JOB]
@@ -794,7 +796,7 @@ def parse(argv):
         for config in configs:
             check(config)
     except (ValueError, OSError, AssertionError, RuntimeError) as error:
-        parser.error(str(error))
+        parser.error(" ".join(str(error).split()))  # in one line
     return configs
 
 def say(line):
@@ -853,8 +855,9 @@ def main(argv=None):
     for config in configs:
         base_policy(config)
     done = attempt_all(configs)
+    finished = itertools.compress(configs, done)
     try:
-        plot([run_folder(config) for config in itertools.compress(configs, done)], configs[0].out)
+        plot([run_folder(config) for config in finished], configs[0].out)
     except ImportError:
         say("no figure: pip install matplotlib, and repeat the command with --resume")
     if not all(done):

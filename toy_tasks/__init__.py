@@ -24,19 +24,26 @@ TASKS = {task.name: task for task in (addition, chain, countdown, sudoku)}
 
 
 def encode(task, texts):
-    """Strings of one length -> (N, length) int64 array of token ids. ValueError for several lengths, and for a character
-    outside task.vocab."""
-    if len({len(text) for text in texts}) > 1:
-        raise ValueError(f"the texts must have one length, not {sorted({len(text) for text in texts})}")
+    """Strings of one length -> (N, length) int64 array of token ids. ValueError for several lengths, and for a
+    character outside task.vocab."""
+    lengths = {len(text) for text in texts}
+    if len(lengths) > 1:
+        raise ValueError(f"the texts must have one length, not {sorted(lengths)}")
     ids = {character: i for i, character in enumerate(task.vocab)}
-    try:
-        return np.array([[ids[character] for character in text] for text in texts], dtype=np.int64)
-    except KeyError as error:
-        raise ValueError(f"character {error} is not in the vocabulary {task.vocab!r} of task {task.name}") from None
+    rows = []
+    for text in texts:
+        if not set(text) <= set(task.vocab):
+            raise ValueError(f"{text!r} is not in the vocabulary {task.vocab!r} of {task.name}")
+        rows.append([ids[character] for character in text])
+    return np.array(rows, dtype=np.int64)
 
 
 def decode(task, tokens):
     """(N, length) token ids (array, tensor or nested list) -> list of N strings. [MASK] is shown as "_"."""
     rows = tokens.tolist() if hasattr(tokens, "tolist") else tokens
     characters = task.vocab + "_"
-    return ["".join(characters[i] for i in row) for row in rows]
+    texts = []
+    for row in rows:
+        letters = [characters[i] for i in row]
+        texts.append("".join(letters))
+    return texts

@@ -26,14 +26,22 @@ _SPLITS = {"test": _PAIRS[:505], "train": _PAIRS[505:]}
 
 def sample(rng, n, split):
     """n prompts and their answers (two lists of str), drawn with replacement by the numpy Generator `rng`."""
-    pairs = rng.permuted(_SPLITS[split][rng.integers(len(_SPLITS[split]), size=n)], axis=1)  # either order of the two
-    return [f"{a:02d}+{b:02d}=" for a, b in pairs], [str(a + b).ljust(completion_len, ".") for a, b in pairs]
+    pairs = _SPLITS[split]
+    drawn = pairs[rng.integers(len(pairs), size=n)]
+    prompts, answers = [], []
+    for a, b in rng.permuted(drawn, axis=1):  # either order of the two
+        prompts.append(f"{a:02d}+{b:02d}=")
+        answers.append(str(a + b).ljust(completion_len, "."))
+    return prompts, answers
 
 
 def _answer(prompt):
     """The right completion, or None where the prompt is not one of ours."""
     operands = re.fullmatch(r"([0-9]{2})\+([0-9]{2})=", prompt)
-    return operands and str(int(operands[1]) + int(operands[2])).ljust(completion_len, ".")
+    if operands is None:
+        return None
+    total = int(operands[1]) + int(operands[2])
+    return str(total).ljust(completion_len, ".")
 
 
 def reward(prompt, completion):
@@ -54,5 +62,9 @@ def explain(prompt, completion):
     if error == 0:
         return f"should be {answer}: the right number, written the wrong way"
     carries = int(prompt[1]) + int(prompt[4]) > 9
-    hints = {(-10, True): " (the carry is lost)", (10, False): " (a carry that is not there)"}
-    return f"should be {answer}: off by {error:+d}{hints.get((error, carries), '')}"
+    hint = ""
+    if error == -10 and carries:
+        hint = " (the carry is lost)"
+    if error == 10 and not carries:
+        hint = " (a carry that is not there)"
+    return f"should be {answer}: off by {error:+d}{hint}"

@@ -18,28 +18,37 @@ prompt_len, completion_len, block_size = 8, 6, 2
 defaults = {"base_accuracy": 0.6, "masks": "coupled", "copies": 2, "lr": 3e-5}
 
 # The four digits as a multiset: 1+2+3+4 is held out whenever 4+3+2+1 is. A fixed shuffle sends one in seven to the test.
-_DIGITS = np.random.default_rng(0).permutation(list(itertools.combinations_with_replacement(range(10), 4)))
+_DIGITS = list(itertools.combinations_with_replacement(range(10), 4))
+_DIGITS = np.random.default_rng(0).permutation(_DIGITS)
 _SPLITS = {"test": _DIGITS[:100], "train": _DIGITS[100:]}
 
 
 def sample(rng, n, split):
     """n prompts and their answers (two lists of str), drawn with replacement by the numpy Generator `rng`."""
-    rows = rng.permuted(_SPLITS[split][rng.integers(len(_SPLITS[split]), size=n)], axis=1)  # in any order
-    answers = ["".join(f"{total:02d}" for total in sums) for sums in rows.cumsum(1)[:, 1:]]
-    return ["+".join(map(str, row)) + "=" for row in rows], answers
+    digits = _SPLITS[split]
+    drawn = digits[rng.integers(len(digits), size=n)]
+    prompts, answers = [], []
+    for row in rng.permuted(drawn, axis=1):  # in any order
+        prompts.append("+".join(map(str, row)) + "=")
+        answers.append("".join(_sums(prompts[-1])))
+    return prompts, answers
 
 
 def _sums(prompt):
     """The right running sums, or None where the prompt is not one of ours."""
     if not re.fullmatch(r"[0-9](\+[0-9]){3}=", prompt):
         return None
-    return [f"{total:02d}" for total in itertools.accumulate(map(int, prompt[:-1].split("+")))][1:]
+    digits = map(int, prompt[:-1].split("+"))
+    sums = [f"{total:02d}" for total in itertools.accumulate(digits)]
+    return sums[1:]
 
 
 def reward(prompt, completion):
     """1.0 if the last number is the right sum, and all is two-digit numbers, else 0.0. Total: any two strings will do."""
     sums = _sums(prompt)
-    return float(sums is not None and re.fullmatch("[0-9]{6}", completion) is not None and completion[4:] == sums[-1])
+    if sums is None or not re.fullmatch("[0-9]{6}", completion):
+        return 0.0
+    return float(completion[4:] == sums[-1])
 
 
 def explain(prompt, completion):
@@ -49,9 +58,11 @@ def explain(prompt, completion):
         return "not a prompt of this task"
     if not re.fullmatch("[0-9]{6}", completion):
         return f"should be {''.join(sums)}: this is not three two-digit numbers"
-    numbers = [completion[i : i + 2] for i in range(0, 6, 2)]
-    wrong = next((i for i in range(3) if numbers[i] != sums[i]), None)
-    if wrong is None:
-        return "right"
-    first = f"sum {wrong + 1} should be {sums[wrong]}, not {numbers[wrong]}"
-    return f"right at the end, though {first}" if numbers[2] == sums[2] else f"should end in {sums[2]}: {first}"
+    numbers = [completion[:2], completion[2:4], completion[4:]]
+    for i in range(3):
+        if numbers[i] != sums[i]:
+            first = f"sum {i + 1} should be {sums[i]}, not {numbers[i]}"
+            if numbers[2] == sums[2]:
+                return f"right at the end, though {first}"
+            return f"should end in {sums[2]}: {first}"
+    return "right"

@@ -21,12 +21,26 @@ prompt_len, completion_len, block_size = 16, 16, 4
 defaults = {"base_accuracy": 0.6, "prompts": 16, "masks": "coupled", "copies": 2, "lr": 3e-5}
 
 
+def _valid(grid):
+    """Whether every row, column and 2×2 box of a (4,4) array holds four different digits."""
+    boxes = grid.reshape(2, 2, 2, 2).transpose(0, 2, 1, 3).reshape(4, 4)
+    groups = [*grid, *grid.T, *boxes]
+    return all(len(set(group)) == 4 for group in groups)
+
+
 def _all_grids():
-    """The 288 grids (288, 16), by trying every four rows."""
+    """The 288 grids (288, 16), row by row: a half is two rows whose boxes are right."""
     rows = list(itertools.permutations((1, 2, 3, 4)))
-    halves = [(a, b) for a in rows for b in rows if all({*a[i : i + 2], *b[i : i + 2]} == {1, 2, 3, 4} for i in (0, 2))]
-    columns = lambda top, low: all(len({top[0][i], top[1][i], low[0][i], low[1][i]}) == 4 for i in range(4))
-    return np.array([(*top[0], *top[1], *low[0], *low[1]) for top in halves for low in halves if columns(top, low)])
+    halves = []
+    for above, below in itertools.product(rows, repeat=2):
+        if len({*above[:2], *below[:2]}) == 4:
+            halves.append(above + below)
+    grids = []
+    for top, bottom in itertools.product(halves, repeat=2):
+        grid = np.array(top + bottom)
+        if _valid(grid.reshape(4, 4)):
+            grids.append(grid)
+    return np.array(grids)
 
 
 _GRIDS = np.random.default_rng(0).permutation(_all_grids())
@@ -37,14 +51,17 @@ _PLACES = 5.0 ** np.arange(16)  # cells as the digits of one number: grids that 
 def sample(rng, n, split):
     """n puzzles and their solutions (two lists of str), drawn with replacement by the numpy Generator `rng`."""
     prompts, answers = [], []
+    twelve = np.tile(np.arange(16) < 12, (n, 1))
     while len(prompts) < n:
         which = rng.choice(_SPLITS[split], size=n)
-        given = rng.permuted(np.tile(np.arange(16) < 12, (n, 1)), axis=1)  # (n, 16) bool
+        given = rng.permuted(twelve, axis=1)  # (n, 16) bool
         keys = (given * _PLACES) @ _GRIDS.T  # (n, 288)
-        unique = (keys == keys[np.arange(n), which][:, None]).sum(1) == 1
+        own_key = keys[np.arange(n), which][:, None]
+        unique = (keys == own_key).sum(1) == 1
         for grid, shown in zip(_GRIDS[which[unique]], given[unique]):
             answers.append("".join(map(str, grid)))
-            prompts.append("".join(c if s else "." for c, s in zip(answers[-1], shown)))
+            cells = np.where(shown, grid.astype(str), ".")
+            prompts.append("".join(cells))
     return prompts[:n], answers[:n]
 
 
@@ -54,8 +71,10 @@ def _solution(prompt):
     if len(prompt) != 16 or not set(prompt) <= set(vocab) or "." not in prompt:
         return None
     cells = np.array([vocab.index(c) + 1 for c in prompt])
-    fits = ((_GRIDS == cells) | (cells == 5)).all(1)
-    return "".join(map(str, _GRIDS[fits][0])) if fits.sum() == 1 else None
+    fits = ((_GRIDS == cells) | (cells == 5)).all(1)  # 5: an empty cell
+    if fits.sum() != 1:
+        return None
+    return "".join(map(str, _GRIDS[fits][0]))
 
 
 def reward(prompt, completion):
@@ -63,8 +82,13 @@ def reward(prompt, completion):
     solution = _solution(prompt)
     if solution is None or len(completion) != 16:
         return 0.0
-    right = sum(p == "." and c == s for p, c, s in zip(prompt, completion, solution))
-    return right / (prompt.count(".") + sum(p != "." and c != s for p, c, s in zip(prompt, completion, solution)))
+    right = overwritten = 0
+    for given, written, wanted in zip(prompt, completion, solution):
+        if given == ".":
+            right += written == wanted
+        else:
+            overwritten += written != wanted
+    return right / (prompt.count(".") + overwritten)
 
 
 def explain(prompt, completion):
