@@ -16,16 +16,18 @@ these *completions* are a *group*. A judge gives each a reward; its *advantage* 
 better it did than its group. Gradient ascent on Σ A·log π_θ(completion) makes the better ones
 likelier. That is right for the policy that wrote them, called "old"; after one step the policy is
 another. To use completions for several steps, PPO and GRPO weigh each of them by its *importance
-ratio* ρ = π_θ(completion)/π_old(completion), which is 1 at the first step.
+ratio* ρ = π_θ(completion)/π_old(completion), because E_old[ρ·f] = E_θ[f] for any f: weighted by ρ,
+samples of the old policy average like samples of the new one. At the first step ρ is 1.
 
 Why GRPO breaks on such a model:
   1. The order within a block is random, so π(completion) is a mean over B! orders per block: too
      many for a real B of 32. One takes a random *estimate* L̂ of log π (§3), and for ρ the estimate
      ρ̂ = exp(L̂_θ − L̂_old).
   2. exp magnifies noise: completions whose ρ is 1 get a ρ̂ of 10,000 (§5).
-  3. GRPO clips ρ̂ to [1−ε, 1+ε], but only half: a large ρ̂ counts 0 for a good completion (A > 0)
-     and 10,000 for a bad one (§6). So noise makes the policy unlearn, one completion per step.
-  4. It drifts away from all that it could do, and the reward collapses.
+  3. GRPO clips ρ̂ to [1−ε, 1+ε], but not on all sides (§6): with ρ̂ = 10,000 a good completion
+     (A > 0) counts 0, and a bad one (A < 0) 10,000. So each step unlearns one completion, which had
+     bad luck with its noise, and the next step another.
+  4. The policy loses what it could do, and the reward collapses.
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum, so that they are shares of 1.
 
@@ -86,8 +88,7 @@ from toy_tasks import TASKS, decode, encode  # a task makes prompts and judges a
 
 def rotate(x, turns):
     """Rotary position embedding (Su et al. 2021), (..,S,D) -> (..,S,D): pairs of features are
-    complex numbers, turned by an angle that grows with the position; turns (S,D/2) has absolute
-    value 1."""
+    complex numbers; turns (S,D/2) turns them by an angle that grows with the position."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # (.., S, D/2)
     return torch.view_as_real(pairs * turns).flatten(-2)
 
@@ -225,8 +226,10 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 #          log π(block) ≥ mean over orders of  Σ over steps of  log p
 #                       = B · (mean of log p over a random step of a random order)
 #   3. At such a step m tokens are still hidden, with m uniform on 1..B; any set of m is equally
-#      likely, and any of the m comes next. So the mean in the last line is the mean, over m and
-#      sets, of (1/m)·Σ_hidden log p. Times B, and summed over blocks:
+#      likely, and any of the m comes next. So the last mean is the mean, over m and over sets of
+#      m, of (1/m)·Σ_hidden log p. For B = 2: half of the time both tokens are hidden, and it is
+#      the mean of their two log p; else one is left, either with a quarter, and it is that log p.
+#      Times B, and summed over blocks:
 #   ELBO(y) = E_masks[ Σ_blocks B/m · Σ_{i hidden} log p_θ(y_i | noisy block, clean text before) ]
 # This *evidence lower bound* is at most log π_θ(y). Pretraining maximises it on right answers. RL
 # computes the bracket for K random masks and takes their mean as L̂. `elbo` serves both.
@@ -259,8 +262,7 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     """log p(y_i | its noisy block, the clean text before it) at every place i of every copy,
     without meaning where y_i is visible: prompts (M,P), completions (N,L), masks (N,K,L) bool ->
     (N,K,L). Each prompt stands for N/M completions in a row. One pass under `staircase_mask` over
-    [completion | K noisy copies], behind the cache of the prompt. Its cost grows with (K·L)²: fine
-    at this size."""
+    [completion | K noisy copies], behind the cache of the prompt. Its cost grows with (K·L)²."""
     (N, K, L), P = masks.shape, prompts.shape[1]
     may_look = staircase_mask(P, L, block_size, K, prompts.device)  # (S, S), S = P + L + K·L
     positions = staircase_positions(P, L, K, prompts.device)  # (S,)
@@ -289,8 +291,9 @@ def elbo(model, prompts, completions, masks, block_size):
 # mean over orders, §5 computes it, and RL trains this policy. In contrast, order="confidence"
 # writes where the model is surest. It answers better, but where it writes then depends on all
 # predictions: its probability is a harder sum, and it is used for evaluation only.
-#   What is read at each step, for B = 2 (_ is [MASK]; left of the bar: cached, not read again):
-#     12+34=|      12+34=|__   12+34=|4_      12+34=|46      12+34=46|__   12+34=46|_.
+#   What is read at each step, for B = 2: right of the bar. Left of it: cached. _ is [MASK].
+#     |12+34=      12+34=|__   12+34=|4_   12+34=|46      12+34=46|__   12+34=46|_.
+# The fourth read only puts the finished block into the cache.
 
 @torch.no_grad()
 def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random",
@@ -359,20 +362,20 @@ def mean_field(model, prompts, completions, block_size):
 
 def every_pattern(model, prompts, completions, block_size):
     """log p under every way to hide a part of a block: (2^B−1, B) bool patterns, (N, 2^B−1, L/B, B)
-    log p. Pattern s−1 hides the places of the 1-bits of s, in all blocks; at most 16 patterns go
-    into a pass. AssertionError if B is above MAX_EXACT_BLOCK."""
+    log p. A pattern hides the same places in all blocks, which do not see each other's copies. At
+    most 16 patterns go into a pass. AssertionError if B is above MAX_EXACT_BLOCK."""
     B, L = block_size, completions.shape[1]
     assert B <= MAX_EXACT_BLOCK, f"2^B − 1 copies for block_size {B}: at most {MAX_EXACT_BLOCK}"
-    bits = [*itertools.product((False, True), repeat=B)]  # binary digits of 0, 1, 2, ..
-    patterns = torch.tensor(bits[1:], device=completions.device).flip(-1)  # (2^B−1, B): bit i at i
+    sets = torch.arange(1, 2**B, device=completions.device)  # place i is hidden if bit i is 1
+    patterns = (sets[:, None] >> torch.arange(B, device=sets.device)) % 2 == 1  # (2^B−1, B)
     masks = patterns.repeat(1, L // B).expand(len(completions), -1, -1)  # (N, 2^B−1, L)
     parts = masks.split(16, dim=1)
     log_p = [token_log_probs(model, prompts, completions, part, B) for part in parts]
     return patterns, torch.cat(log_p, dim=1).unflatten(-1, (-1, B))
 
 def exact_elbo(model, prompts, completions, block_size):
-    """The mean of `elbo` over all masks of `sample_masks`, each with its probability: no noise.
-    (N,)"""
+    """The mean of `elbo` over all masks of `sample_masks`, each with its probability (N,): no
+    noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
     # probability 1/B for the count m, 1/C(B,m) for the pattern; times the weight B/m of the ELBO
     counts = patterns.sum(-1).tolist()
@@ -382,19 +385,18 @@ def exact_elbo(model, prompts, completions, block_size):
 
 def exact_log_likelihood(model, prompts, completions, block_size):
     """log π(completion | prompt) in nats (N,), of `generate` with order="random" and temperature=1.
-    Per block, reach[h] is the probability that the sampler comes to the state in which exactly the
-    set h is hidden and the rest is right: from a state with one more token i hidden, by choosing
-    that place (one of |h∪i|) and writing the right token,  reach[h] = Σ_{i not in h} reach[h∪i] ·
-    p(y_i | h∪i) / |h∪i|. reach[all] = 1, and reach[∅] = π(block): B·2^(B−1) terms in place of B!
-    orders."""
+    Per block, reach[h] is the probability that the sampler gets to the state in which exactly the
+    set h is hidden, and the rest is right: from a state with one more token i hidden, by choosing
+    that place and writing its token,  reach[h] = Σ_{i not in h} reach[h∪i] / |h∪i| · p(y_i | h∪i).
+    For B = 2: π = ½ p(a) p(b|a) + ½ p(b) p(a|b). B·2^(B−1) terms in place of B! orders."""
     _, log_p = every_pattern(model, prompts, completions, block_size)  # (N, 2^B−1, L/B, B)
     everything = 2**block_size - 1  # sets are integers: place i is hidden if bit i is 1
     log_reach = {everything: torch.zeros_like(log_p[:, 0, :, 0])}  # (N, L/B) each
     for hidden in range(everything - 1, -1, -1):  # a set with one bit more is a larger number
         ways = []
         for i in range(block_size):
-            before = hidden | 1 << i
-            if before != hidden:
+            if hidden >> i & 1 == 0:  # i is visible now: it was the one that was written
+                before = hidden | (1 << i)
                 write_token = log_p[:, before - 1, :, i]  # (N, L/B)
                 ways.append(log_reach[before] + write_token - math.log(before.bit_count()))
         log_reach[hidden] = torch.stack(ways).logsumexp(0)
@@ -417,13 +419,13 @@ ESTIMATORS = {
 # ==== §6  The losses ==============================================================================
 # What it teaches: the corner that GRPO leaves open, and the two lines with which StableDRL closes
 # it. A GPT has a ratio per token. Here there is one per completion, with the noise of all its
-# tokens: a token's term in an ELBO depends on which others were hidden, so it is no probability by
-# itself.
+# tokens: a token's term in an ELBO depends on which others were hidden, and is no probability.
 #
 # GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). With ρ̂ = exp(L̂_θ − L̂_old) and L̂_old constant, ∇ρ̂
 # = ρ̂·g. Where min takes the first term the gradient is ρ̂·A·g; where it takes the second and the
-# clip binds, that is a constant, and its gradient is 0. All losses here move θ along Σ weight·A·g /
-# divisor:
+# clip binds, that is a constant, and its gradient is 0. Say ε = 0.2, ρ̂ = 1,000: for A = 1 it is
+# min(1000, 1.2), gradient 0; for A = −1 it is min(−1000, −1.2), gradient −1000·g. All losses here
+# move θ along Σ weight·A·g / divisor:
 #     weight        GRPO, A > 0    GRPO, A < 0           StableDRL, any A
 #     ρ̂ < 1−ε       ρ̂              0                     1−ε (cannot happen if ε ≥ 1)
 #     in between    ρ̂              ρ̂                     ρ̂
@@ -464,8 +466,9 @@ def check_batch(log_ratio, advantages, group_size):
 def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     """GRPO without KL term: log_ratio (N,), advantages (N,) -> scalar. group_size is not used."""
     check_batch(log_ratio, advantages, group_size)
-    overflow = (log_ratio - 80).clamp(min=0).detach()  # float32 ends at e^88; so stop at e^80, and
-    ratio = (log_ratio - overflow).exp()  # subtract: clamping log_ratio would zero its gradient
+    # float32 ends at e^88: stop at e^80. Subtract, as clamping log_ratio would zero its gradient.
+    overflow = (log_ratio - 80).clamp(min=0).detach()
+    ratio = (log_ratio - overflow).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     per_sequence = torch.minimum(ratio * advantages, clipped * advantages)
     return -per_sequence.mean()
@@ -494,12 +497,13 @@ LOSSES = {
 # What it teaches: what to watch before the reward falls: how far the ratios spread, and the norm of
 # the gradient before it is clipped (§8). Best is `spread` (§8), the deviation of log ρ̂ at the
 # first update of a batch, where every ρ is 1: the noise itself, which a model of any size can log.
+# (With --shared_masks it is 0 there by construction: the noise that is left shows in `noise_std`.)
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
-    """log_ratio (N,) -> dict of floats, about the ratios before any clipping. ratio_max: the
-    largest ρ̂. clip_fraction: the share of ρ̂ outside [1−ε, 1+ε], whether or not the loss clips
-    them. ess: effective sample size of a group, (Σρ̂)²/Σρ̂², on average; G if all count alike, 1 if
-    one has all the weight."""
+    """log_ratio (N,) -> dict of floats, about ratios before any clipping. ratio_max: the largest
+    ρ̂. clip_fraction: the share of ρ̂ outside [1−ε, 1+ε], clipped by the loss or not. ess:
+    effective sample size of a group, (Σρ̂)²/Σρ̂², mean over groups: G if all count alike, 1 if only
+    one does."""
     log_ratio = log_ratio.detach().double()
     ratio = log_ratio.clamp(max=700).exp()  # e^710 is infinite, and JSON has no infinity
     outside = (ratio < 1 - clip_eps) | (ratio > 1 + clip_eps)
@@ -515,18 +519,15 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size):
 # completions is sampled, scored by the policy as it is ("old"), and used for μ updates. At the
 # first θ = θ_old and every ρ is 1; later not. The *estimate* ρ̂ is noisy at the first as well, as
 # L̂_θ draws its own masks (as in the paper; --shared_masks changes that). Every purpose has its own
-# random stream, which depends on seed and batch alone: with one seed all losses see the same base
-# and the same prompts.
+# random stream, by seed and batch: with one seed all losses see the same base and prompts.
 
 def stream(config, purpose):
-    """A random generator for one purpose: one more draw of masks must not change what is
-    sampled."""
+    """A random generator for one purpose: one more draw of masks must not change a sample."""
     seed = random.Random(f"{config.seed} {purpose}").getrandbits(63)
     return torch.Generator(config.device).manual_seed(seed)
 
 def new_model(config, weights=None):
-    """A model on config.device with these weights (a state dict), or untrained, the same for each
-    seed."""
+    """A model on config.device with these weights (a state dict), or untrained, by config.seed."""
     torch.manual_seed(config.seed)
     vocab_size = len(TASKS[config.task].vocab) + 1
     model = BlockDiffusionTransformer(vocab_size, config.d_model, config.n_layer, config.n_head)
@@ -546,8 +547,7 @@ def answer(model, task, texts, block_size, **options):
     return prompts, completions, torch.tensor(rewards, device=device)
 
 def accuracy(model, task, block_size):
-    """Share of 500 held-out prompts, always the same, that greedy decoding solves, surest place
-    first."""
+    """Share of 500 held-out prompts, always the same, solved by greedy decoding, surest first."""
     texts, _ = task.sample(np.random.default_rng(0), 500, "test")
     _, _, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
     return (rewards == 1).double().mean().item()
@@ -585,7 +585,8 @@ def train(config, base):
     rows = restore(config, model, optimizer)
     began = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
     recent = collections.defaultdict(list)  # every number since the last line of the log
-    for done in range(len(rows) * config.log_every, config.updates, mu):  # updates made so far
+    resumed_at = len(rows) * config.log_every  # 0 if nothing was resumed
+    for done in range(resumed_at, config.updates, mu):  # updates made so far
         log_is_due = (done + mu) % config.log_every == 0
         measure_noise = log_is_due and B <= MAX_EXACT_BLOCK
 
@@ -621,7 +622,7 @@ def train(config, base):
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            if not (loss + grad_norm + log_ratio.sum()).isfinite():  # if one of them is not
+            if not (loss + grad_norm + log_ratio.sum()).isfinite():  # if any of them is not
                 raise FloatingPointError(
                     f"update {update} was not made: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
             optimizer.step()
@@ -643,8 +644,7 @@ def train(config, base):
     return model, rows
 
 def save(config, model, optimizer, rows):
-    """Write log.jsonl, then checkpoint.pt: a run that is killed in between makes its last line
-    again."""
+    """Write log.jsonl, then checkpoint.pt: who is killed in between makes the last line again."""
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     first = {"run": folder.name, **vars(config)}
@@ -655,16 +655,15 @@ def save(config, model, optimizer, rows):
     save_as(folder / "checkpoint.pt", state)
 
 def save_as(path, state):
-    """torch.save under another name, then a renaming: a process that is killed leaves a whole
-    file."""
+    """torch.save, then a renaming: who is killed meanwhile leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 def restore(config, model, optimizer):
-    """With config.resume, set both to the run's checkpoint, if there is one -> the lines of the
-    log. ValueError if the file is damaged."""
+    """With config.resume, set both to the run's checkpoint, if there is one -> its log so far.
+    ValueError if the file is damaged."""
     path = run_folder(config) / "checkpoint.pt"
     if not (config.resume and path.exists()):
         return []
@@ -775,8 +774,7 @@ def check(config):
     Path(config.out).mkdir(parents=True, exist_ok=True)
 
 def parse(argv):
-    """Command line -> list of Config, one per run. Bad input: one line, status 2, and no work
-    done."""
+    """Command line -> list of Config. Bad input: one line, status 2, before any work."""
     parser = argparse.ArgumentParser(description="The flags are explained in §9: class Config")
     parser.error = lambda message: parser.exit(2, f"stabledrl.py: error: {message}\n")
     for field in dataclasses.fields(Config):
@@ -785,13 +783,14 @@ def parse(argv):
             f"--{field.name}", type=int if is_bool else field.type, nargs="*" if is_bool else "+",
             choices=CHOICES.get(field.name))
     given = vars(parser.parse_args(argv))
-    grid = {name: values or [1] for name, values in given.items() if values is not None}  # bare: 1
+    # a bare --resume parses to the empty list, and means [1]
+    grid = {name: values or [1] for name, values in given.items() if values is not None}
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     if "loss" not in grid and "estimator" not in grid:
         points = [point | policy for point in points for policy in MAIN_JOB]
     try:
         tasks = [TASKS[point.get("task", "addition")] for point in points]
-        configs = [Config(**task.defaults | point) for task, point in zip(tasks, points)]
+        configs = [Config(**(task.defaults | point)) for task, point in zip(tasks, points)]
         configs = list({run_folder(config): config for config in configs}.values())  # each once
         for config in configs:
             check(config)
@@ -827,8 +826,8 @@ def end_with_parent():
     os._exit(1)
 
 def attempt_all(configs):
-    """`attempt` for all configs -> list of bool. On a CPU under Linux side by side, one process per
-    core; elsewhere one after the other."""
+    """`attempt` for all configs -> list of bool. Under Linux, on a CPU, as many side by side as
+    torch would use threads; elsewhere one after the other."""
     jobs = min(len(configs), torch.get_num_threads())
     if jobs == 1 or sys.platform != "linux" or configs[0].device != "cpu":
         return [attempt(config) for config in configs]

@@ -905,7 +905,7 @@ def test_two_runs_killed_at_any_moment_end_as_if_they_had_not_been(kills, tmp_pa
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     """A real SIGINT to a real group of processes, as from a terminal: one line, no traceback, the last lines are kept."""
     process = launch(f"{LONG} --loss grpo stabledrl --updates 60000 --out {tmp_path}", start_new_session=True)
-    while process.poll() is None and len(list(tmp_path.glob("*/log.jsonl"))) < 2:
+    while process.poll() is None and len(list(tmp_path.glob("*/checkpoint.pt"))) < 2:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate()
@@ -1378,7 +1378,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         exec(compile(code, "README.md", "exec"), names)
     A = torch.tensor([1.0, -1.0, 1.0, -1.0])
     assert gradient(names["dual_clip"], [0.3, 7.0, -0.1, 0.0], A, 5.0, 4)[1][:2] == [0.0, 0.0], "the corner is closed"
-    assert gradient(names["per_token"], [4.0] * 4, -A, 0.2, 4)[1][0] == pytest.approx(math.exp(1) / 16)
+    assert gradient(names["length_normalised"], [4.0] * 4, -A, 0.2, 4)[1][0] == pytest.approx(math.exp(1) / 16)
     rows = re.findall(r"^\| `(--[^`]*)` \|", README, re.M)
     assert len(rows) == 5
     for i, flags in enumerate(rows):
