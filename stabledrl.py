@@ -107,13 +107,12 @@ class Layer(nn.Module):
     def forward(self, x, turns, mask, cache):
         """x (N,S,d_model), mask (S,T), cache (2,M,H,T−S,D) or None -> (N,S,d_model), and keys and
         values of all T tokens, the new cache (2,N,H,T,D)."""
-        N = len(x)
         qkv = self.qkv(self.norm1(x))  # (N, S, 3·d_model)
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
         keys_values = torch.stack((rotate(k, turns), v))  # (2, N, H, S, D)
-        if cache is not None:
-            cache = cache.repeat_interleave(N // cache.shape[1], dim=1)  # once per completion
+        if cache is not None:  # a prompt's row, for each of its completions
+            cache = cache.repeat_interleave(len(x) // cache.shape[1], dim=1)
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
         y = F.scaled_dot_product_attention(rotate(q, turns), *keys_values, attn_mask=mask)
         x = x + self.out(y.transpose(1, 2).flatten(2))
@@ -369,17 +368,16 @@ def every_pattern(model, prompts, completions, block_size):
     sets = torch.arange(1, 2**B, device=completions.device)  # place i is hidden if bit i is 1
     patterns = (sets[:, None] >> torch.arange(B, device=sets.device)) % 2 == 1  # (2^B−1, B)
     masks = patterns.repeat(1, L // B).expand(len(completions), -1, -1)  # (N, 2^B−1, L)
-    parts = masks.split(16, dim=1)
+    parts = masks.split(16, 1)
     log_p = [token_log_probs(model, prompts, completions, part, B) for part in parts]
-    return patterns, torch.cat(log_p, dim=1).unflatten(-1, (-1, B))
+    return patterns, torch.cat(log_p, 1).unflatten(-1, (-1, B))
 
 def exact_elbo(model, prompts, completions, block_size):
     """The mean of `elbo` over all masks of `sample_masks`, each with its probability (N,): no
     noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
     # probability 1/B for the count m, 1/C(B,m) for the pattern; times the weight B/m of the ELBO
-    counts = patterns.sum(-1).tolist()
-    weights = [1 / (math.comb(block_size, m) * m) for m in counts]
+    weights = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
     weights = torch.tensor(weights, device=log_p.device)[:, None] * patterns  # (2^B−1, B)
     return (weights[:, None] * log_p).sum((1, 2, 3))
 
@@ -559,7 +557,7 @@ def pretrain(config):
     model = new_model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     rng, masking = np.random.default_rng([config.seed, 0]), stream(config, "pretrain")
-    for update in tqdm(range(2001), "pretraining", disable=None):
+    for update in tqdm(range(2001), disable=None):
         if update % 10 == 0 and accuracy(model, task, B) >= config.base_accuracy:
             return model
         texts, answers = task.sample(rng, 256, "train")
@@ -579,23 +577,24 @@ def train(config, base):
     task, B, G, mu = TASKS[config.task], config.block_size, config.group_size, config.mu
     N, L = config.prompts * G, task.completion_len
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
-    loss_function = LOSSES[config.loss][0]
     model, base_model = new_model(config, base), new_model(config, base)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99))
     rows = restore(config, model, optimizer)
-    began = time.perf_counter() - (rows[-1]["seconds"] if rows else 0)
+    began = time.perf_counter()
     recent = collections.defaultdict(list)  # every number since the last line of the log
-    resumed_at = len(rows) * config.log_every  # 0 if nothing was resumed
-    for done in range(resumed_at, config.updates, mu):  # updates made so far
+    # done: the updates made so far; more than 0 at the beginning if the run is resumed
+    for done in range(len(rows) * config.log_every, config.updates, mu):
         log_is_due = (done + mu) % config.log_every == 0
         measure_noise = log_is_due and B <= MAX_EXACT_BLOCK
 
         # (1) The old policy answers each prompt G times, and the answers are judged.
+        torch.manual_seed(config.seed + done)  # for losses and estimators of your own
         rng = np.random.default_rng([config.seed, 1, done])
         texts, _ = task.sample(rng, config.prompts, "train")
         sampling, masking = stream(config, f"samples {done}"), stream(config, f"masks {done}")
         prompts, completions, rewards = answer(model, task, texts, B, samples=G, generator=sampling)
         advantages = group_advantages(rewards, G)
+        recent["reward"].append(rewards.mean().item())
 
         # (2) L̂_old: how likely the old policy finds them. And the truth, where the log wants it.
         masks = draw_masks(N, config.copies, L, B, masking)
@@ -618,7 +617,7 @@ def train(config, base):
                 truth = exact_log_likelihood(model, prompts, completions, B)
                 noise = log_ratio - (truth - old_truth)
                 recent["noise_std"].append(noise.std(correction=0).item())
-            loss = loss_function(log_ratio, advantages, config.clip_eps, G)
+            loss = LOSSES[config.loss][0](log_ratio, advantages, config.clip_eps, G)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -626,7 +625,6 @@ def train(config, base):
                 raise FloatingPointError(
                     f"update {update} was not made: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
             optimizer.step()
-            recent["reward"].append(rewards.mean().item())
             recent["grad_norm"].append(grad_norm.item())
             for name, value in ratio_diagnostics(log_ratio, config.clip_eps, G).items():
                 recent[name].append(value)
@@ -655,25 +653,30 @@ def save(config, model, optimizer, rows):
     save_as(folder / "checkpoint.pt", state)
 
 def save_as(path, state):
-    """torch.save, then a renaming: who is killed meanwhile leaves the file as it was."""
+    """Write a file under another name, then rename it: who is killed meanwhile leaves the old
+    one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
     os.replace(temporary, path)
 
 def restore(config, model, optimizer):
-    """With config.resume, set both to the run's checkpoint, if there is one -> its log so far.
-    ValueError if the file is damaged."""
+    """With config.resume, set both to the run's checkpoint, if there is one -> its log so far."""
     path = run_folder(config) / "checkpoint.pt"
     if not (config.resume and path.exists()):
         return []
-    try:
-        saved = torch.load(path)  # weights only, torch's default: a hostile file runs no code
-    except (OSError, EOFError, RuntimeError, LookupError, pickle.UnpicklingError):
-        raise ValueError(f"{path} is damaged: move it away, and --resume starts anew") from None
+    saved = load(path)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["rows"]
+
+def load(path):
+    """What save_as saved: a dict. ValueError if the file is damaged."""
+    try:
+        return dict(torch.load(path))  # weights only, torch's default: a hostile file runs no code
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError):
+        raise ValueError(f"{path} is damaged: delete it, and it is made anew") from None
 
 # ==== §9  Command line ============================================================================
 # What it teaches: nothing new. The fields of `Config` are the flags, and the first line of a log. A
@@ -728,7 +731,8 @@ class Config(BaseConfig):
         counts = "block_size n_layer n_head copies prompts group_size mu updates log_every"
         for name in counts.split():
             assert getattr(self, name) >= 1, f"--{name} must be at least 1"
-        assert self.clip_eps >= 0, f"--clip_eps must be at least 0, not {self.clip_eps}"
+        assert min(self.clip_eps, self.max_grad_norm, self.seed) >= 0, (
+            "--clip_eps, --max_grad_norm and --seed must be at least 0")
         assert self.log_every % self.mu == 0, "--log_every must be a multiple of --mu"
         assert self.updates % self.log_every == 0, "--updates must be a multiple of --log_every"
 
@@ -754,8 +758,7 @@ def base_policy(config):
     path = Path(config.out, f"base-{'-'.join(values)}.pt")
     if not path.exists():
         save_as(path, pretrain(config).state_dict())
-        say(f"base policy: {path}; delete this file to pretrain anew")
-    return torch.load(path)
+    return load(path)
 
 def check(config):
     """AssertionError, ValueError, RuntimeError or OSError, in one line, for what cannot work: masks
@@ -763,10 +766,9 @@ def check(config):
     task, folder, model = TASKS[config.task], run_folder(config), new_model(config)
     prompts = torch.zeros(1, task.prompt_len, dtype=torch.long)
     completions = torch.zeros(2, task.completion_len, dtype=torch.long)
-    draw_masks, estimate = MASKS[config.masks], ESTIMATORS[config.estimator]
-    B = config.block_size
+    draw_masks, B = MASKS[config.masks], config.block_size
     masks = draw_masks(2, config.copies, task.completion_len, B, torch.Generator())
-    log_prob = estimate(model.cpu(), prompts, completions, masks, B)
+    log_prob = ESTIMATORS[config.estimator](model.cpu(), prompts, completions, masks, B)
     check_batch(log_prob, torch.zeros(2), 2)
     restore(config, model, torch.optim.Adam(model.parameters(), config.lr))
     if folder.exists() and not config.resume:
@@ -775,7 +777,7 @@ def check(config):
 
 def parse(argv):
     """Command line -> list of Config. Bad input: one line, status 2, before any work."""
-    parser = argparse.ArgumentParser(description="The flags are explained in §9: class Config")
+    parser = argparse.ArgumentParser()
     parser.error = lambda message: parser.exit(2, f"stabledrl.py: error: {message}\n")
     for field in dataclasses.fields(Config):
         is_bool = field.type is bool  # --resume, or --resume 1, or --resume 0
@@ -783,17 +785,19 @@ def parse(argv):
             f"--{field.name}", type=int if is_bool else field.type, nargs="*" if is_bool else "+",
             choices=CHOICES.get(field.name))
     given = vars(parser.parse_args(argv))
-    # a bare --resume parses to the empty list, and means [1]
-    grid = {name: values or [1] for name, values in given.items() if values is not None}
+    grid = {}
+    for name, values in given.items():
+        if values is not None:
+            grid[name] = dict.fromkeys(values or [1])  # each once; a bare --resume means 1
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     if "loss" not in grid and "estimator" not in grid:
         points = [point | policy for point in points for policy in MAIN_JOB]
     try:
-        tasks = [TASKS[point.get("task", "addition")] for point in points]
-        configs = [Config(**(task.defaults | point)) for task, point in zip(tasks, points)]
-        configs = list({run_folder(config): config for config in configs}.values())  # each once
-        for config in configs:
-            check(config)
+        configs = []
+        for point in points:
+            task = TASKS[point.get("task", "addition")]
+            configs.append(Config(**(task.defaults | point)))
+            check(configs[-1])
     except (ValueError, OSError, AssertionError, RuntimeError) as error:
         parser.error(" ".join(str(error).split()))  # in one line
     return configs
@@ -843,7 +847,8 @@ def plot(folders, out):
         first, *rows = [json.loads(line) for line in open(folder / "log.jsonl")]
         updates = [row["update"] for row in rows]
         for axis, (column, scale) in zip(axes, PANELS.items()):
-            axis.plot(updates, [row[column] for row in rows], label=first["run"])
+            values = [row.get(column, math.nan) for row in rows]
+            axis.plot(updates, values, label=first["run"])
             axis.set(title=column, xlabel="update", yscale=scale)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
     figure.savefig(Path(out, "plot.svg"))
@@ -851,12 +856,12 @@ def plot(folders, out):
 def main(argv=None):
     """Run what the command line asks for. Status 2 for bad input, 1 if a run failed."""
     configs = parse(argv)
+    say(f"base policies: {configs[0].out}/base-*.pt; delete them after a change of task or model")
     for config in configs:
         base_policy(config)
     done = attempt_all(configs)
-    finished = itertools.compress(configs, done)
     try:
-        plot([run_folder(config) for config in finished], configs[0].out)
+        plot([run_folder(config) for config in itertools.compress(configs, done)], configs[0].out)
     except ImportError:
         say("no figure: pip install matplotlib, and repeat the command with --resume")
     if not all(done):
@@ -865,7 +870,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:  # TimeoutError is one
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError
         sys.exit(f"stabledrl.py: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command with --resume goes on from the last lines")

@@ -153,7 +153,7 @@ def test_staircase_mask_follows_its_three_rules(P, L, B, K):
     who = [(0, i) for i in range(P + L)] + [(k, P + i) for k in range(1, K + 1) for i in range(L)]
     may = [[(kc == 0 and j // B <= i // B) if qc == 0 else (kc == 0 and j // B < i // B) or (kc == qc and j // B ==
         i // B) for kc, j in who] for qc, i in who]
-    assert S.staircase_mask(P, L, B, K).tolist() == may
+    assert S.staircase_mask(P, L, B, K).tolist() == may and len(S.staircase_positions(P, L)) == P + 2 * L
     assert K > 1 or S.staircase_mask(P, L, B).tolist() == may, "one copy is the default"
     assert S.staircase_positions(P, L, K).tolist() == [i for _, i in who]
 
@@ -921,7 +921,7 @@ def test_a_crash_while_something_is_written_leaves_the_last_good_checkpoint(mome
     original = getattr(*where)
 
     def crash_at_the_second(*arguments):
-        path = arguments[0] if moment == "log" else arguments[1]
+        path = arguments[0] if moment == "log" else getattr(arguments[1], "name", arguments[1])
         calls.append("base-" not in str(path))
         if sum(calls) == 2:
             if moment != "rename":
@@ -945,6 +945,24 @@ def test_resume_goes_on_with_what_is_begun_begins_the_rest_and_keeps_the_base(tm
     runs = run(tmp_path, "--resume", "--loss grpo stabledrl --estimator elbo")
     assert set(runs) == {"grpo-elbo", "stabledrl-elbo"} and (folder_of(tmp_path) / "log.jsonl").read_bytes() == before
 
+def test_resume_is_exact_for_estimators_and_losses_that_draw_from_the_global_stream(tmp_path, monkeypatch):
+    """As the recipe `spikes` of README does: stopped after the first line and resumed, it is the same run."""
+    noisy = lambda *a: S.elbo(*a) * (1 + torch.rand(len(a[2])))
+    monkeypatch.setitem(S.ESTIMATORS, "noisy", noisy)
+    policy, save = "--loss stabledrl --estimator noisy", S.save
+    run(tmp_path / "whole", policy=policy)
+
+    def stop_after_the_first(*arguments):
+        save(*arguments)
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        patch.setattr(S, "save", stop_after_the_first)
+        run(tmp_path / "cut", policy=policy)
+    torch.manual_seed(99)
+    run(tmp_path / "cut", "--resume", policy)
+    assert_same_run(*(folder_of(tmp_path / out, policy=policy) for out in ("whole", "cut")))
+
 class Hostile:
     def __reduce__(self):
         return os.mkdir, ("hostile-code-has-run",)
@@ -966,8 +984,14 @@ def test_a_damaged_checkpoint_is_refused_and_runs_no_code(tmp_path, monkeypatch,
             S.main(f"{TINY} --loss stabledrl --out {tmp_path} --resume".split())
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1, (content or b"")[:40]
-        assert error == f"stabledrl.py: error: {path} is damaged: move it away, and --resume starts anew\n"
+        assert error == f"stabledrl.py: error: {path} is damaged: delete it, and it is made anew\n"
     assert not (tmp_path / "hostile-code-has-run").exists()
+    path.rmdir()
+    (base,) = tmp_path.glob("base-*.pt")
+    for content in (b"", b"hello", base.read_bytes()[:-1]):
+        base.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged: delete it"):
+            run(tmp_path, "--resume")
 
 # §9 --------------------------------------------------------------------------------------------------------------------
 
@@ -990,6 +1014,7 @@ def baseline(tmp_path_factory):
     "out", "resume")])
 def test_no_flag_is_dead(name, baseline, tmp_path):
     """Every flag with another value changes what the log says, and the name of the run."""
+    assert name in OTHER_VALUES, "a new flag needs a value here that changes the log"
     changed = outcome(tmp_path, f"--{name} {OTHER_VALUES[name]}")
     assert changed != baseline["--copies 2" if name == "masks" else ""]
     (first,) = [path.parent.name for path in tmp_path.glob("*/log.jsonl")]
@@ -1002,7 +1027,8 @@ BAD_INPUT = {"--lerning_rate 1": "unrecognized arguments", "--updates ten": "--u
     "--masks coupled --copies 2 3": "copies must be even, not 3", "--task chess": "--task: invalid choice",
     "--loss ppo": "--loss: invalid choice", "--estimator magic": "--estimator: invalid choice",
     "--masks none": "--masks: invalid choice", "--device tpu": "tpu", "--loss": "expected at least one argument",
-    "--clip_eps -1": "--clip_eps must be at least 0", "--clip_eps nan": "--clip_eps must be at least 0",
+    "--clip_eps -1": "--clip_eps, --max_grad_norm and --seed", "--clip_eps nan": "--clip_eps, --max_grad_norm and",
+    "--max_grad_norm -1": "--clip_eps, --max_grad_norm and --seed", "--seed -1": "--clip_eps, --max_grad_norm and --seed",
     "--block_size 3": "(4,) are no multiples of block_size 3",
     "--d_model 30": "d_model 30 is no multiple of 2·4 heads", "--mu 3": "--log_every must be a multiple of --mu",
     "--out /dev/null/x": "/dev/null/x", "--updates 30": "--updates must be a multiple of --log_every"}
@@ -1121,7 +1147,7 @@ def where_am_i(config):
 def test_main_says_how_far_it_is_and_how_to_get_a_figure(tmp_path, capsys):
     S.main(f"{TINY} --out {tmp_path}".split())
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"base policy: {next(tmp_path.glob('base-*.pt'))}; delete this file to pretrain anew"
+    assert lines[0] == f"base policies: {tmp_path}/base-*.pt; delete them after a change of task or model"
     assert [bool(re.search(r"seed=0  update [24]  reward 0\.\d{3}$", line)) for line in lines[1:-1]] == [True] * 6
     assert lines[-1] == "no figure: pip install matplotlib, and repeat the command with --resume"
 

@@ -10,7 +10,8 @@ A task is any object with these attributes (`toy_tasks/addition.py` is the examp
     defaults        settings of stabledrl.py's Config that this task wants otherwise, by name
     sample(rng, n, split)       -> n prompts and n reference completions (lists of str); rng is a numpy Generator,
                                    split is "train" or "test", and no prompt is in both
-    reward(prompt, completion)  -> float in [0, 1], judged from the two strings alone; takes any string, never raises
+    reward(prompt, completion)  -> float in [0, 1], judged from the two strings alone; takes any string, never
+                                   raises; 0 for a completion of another length
     explain(prompt, completion) -> a few words on what is right or wrong with it, for people
 
 To add one: write the module, and put it into TASKS.
