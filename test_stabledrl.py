@@ -100,12 +100,10 @@ def test_attention_and_frequencies_against_plain_loops():
         layer, x = model.layers[0], model.embed(tokens)[0].double()
         norm = lambda y, n: torch.nn.functional.layer_norm(y, (16,), n.weight.double())
         q, k, v = (norm(x, layer.norm1) @ layer.qkv.weight.double().T).view(4, 3, 2, D).unbind(1)
-
         def turn(vector, p):
             angles = [p * 10_000.0 ** (-2 * d / D) for d in range(D // 2)]
             pairs = [(vector[2 * d], vector[2 * d + 1], math.cos(t), math.sin(t)) for d, t in enumerate(angles)]
             return torch.stack([f(*p) for p in pairs for f in (lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: a * s + b * c)])
-
         heads = []
         for h in range(2):
             rows = []
@@ -172,13 +170,11 @@ def test_no_block_sees_its_own_answer_or_the_future():
     block before b does not. (Comparing a noisy copy with an identical clean one would pass under a leaking mask.)"""
     model, (prompts, completions), B, (P, L) = tiny_model(), batch(), 2, (4, 6)
     masks = S.sample_masks(3, 2, L, B, seeded())
-
     def noisy_logits(clean):
         noisy = torch.where(masks, model.mask_id, completions[:, None]).flatten(1)
         tokens = torch.cat((prompts, clean, noisy), 1)
         return model(tokens, S.staircase_positions(P, L, 2), S.staircase_mask(P, L, B, 2))[:, P + L :].view(3, 2,
             L // B, B, -1)
-
     before = noisy_logits(completions)
     for b in range(L // B):
         changed = completions.clone()
@@ -366,23 +362,19 @@ def test_confidence_order_reveals_the_surest_place_first():
 
 class FakeModel(torch.nn.Module):
     """A model whose logits are logits(tokens) (N,S,vocab), with [MASK] = vocab − 1 and no cache."""
-
     def __init__(self, logits, mask_id):
         super().__init__()
         self.logits, self.mask_id = logits, mask_id
-
     def read(self, tokens, positions, mask, cache=None):
         return self.logits(tokens, positions), None
 
 def test_confidence_is_measured_at_temperature_one():
     """Two places whose order of confidence would turn round if greedy decoding read the logits at half or double size:
     one competitor, 1 nat behind (p = 0.73), and three, 2.6 nats behind (p = 0.82). The model writes the step number."""
-
     def logits(tokens, positions):
         values = torch.tensor([[1.0, 0.0, -50.0, -50.0], [2.6, 0.0, 0.0, 0.0]])[: tokens.shape[1]]
         values = values.roll(int((tokens[0] != 4).sum()), dims=1)
         return torch.nn.functional.pad(values, (0, 1), value=-math.inf)[None]
-
     prompts = torch.zeros(1, 0, dtype=torch.long)
     assert S.generate(FakeModel(logits, 4), prompts, 2, 2, temperature=0.0, order="confidence").tolist() == [[1, 0]]
 
@@ -464,10 +456,8 @@ def test_the_worked_example_of_noise_is_right():
     """§5's text: of two tokens one is certain, the other has p = 0.01 whatever is shown. The block's L̂ is then −4.6 half of
     the time, 0 and −9.2 a quarter each: 40,000 masks, each share within 5 standard errors (by chance wrong once in
     600,000). The exact ELBO, their mean, is −4.6."""
-
     def logits(tokens, positions):
         return torch.tensor([[1.0, 0.0, 0.0], [0.01, 0.99, 0.0]]).log()[positions % 2].expand(len(tokens), -1, -1)
-
     model, prompts, y = FakeModel(logits, 2), torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
     masks = S.sample_masks(1, 40_000, 2, 2, seeded())
     drawn = Counter(map(tuple, masks[0].tolist()))
@@ -589,12 +579,10 @@ def test_stabledrl_update_lies_in_the_convex_hull_of_its_samples():
     prompts, A = prompts[:1].expand(4, -1), torch.tensor([0.9, -1.4, 1.1, -0.6])
     noise = torch.tensor([0.5, 8.0, -3.0, 2.0])
     masks = S.sample_masks(4, 2, 6, 2, seeded())
-
     def flat_gradient(scalar):
         grads = torch.autograd.grad(scalar, list(model.parameters()), retain_graph=True, allow_unused=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(model.parameters(),
             grads)])
-
     log_prob = S.elbo(model, prompts, completions, masks, 2)
     log_ratio = log_prob - log_prob.detach() + noise
     corners = torch.stack([a * flat_gradient(l) for a, l in zip(A, log_prob)])  # the A_j·g_j
@@ -688,12 +676,10 @@ def test_same_seed_same_log_byte_for_byte(tmp_path):
 def test_all_policies_share_base_and_prompts(tmp_path, monkeypatch):
     """The paper's protocol: same base policy, same task stream, same budget for every loss and estimator of a seed."""
     seen, bases, answer, train = [], [], S.answer, S.train
-
     def watched(model, task, texts, *a, **k):
         if k.get("samples"):
             seen.append(tuple(texts))
         return answer(model, task, texts, *a, **k)
-
     monkeypatch.setattr(S, "answer", watched)
     monkeypatch.setattr(S, "train", lambda config, base: bases.append(base) or train(config, base))
     runs = run(tmp_path, policy="--loss grpo stabledrl --estimator elbo exact mean_field")
@@ -744,14 +730,12 @@ def test_gradient_norm_is_logged_before_clipping(tmp_path):
 def watch_batches(monkeypatch):
     """A list that gets (copy of the model, prompts, completions) for every batch that `train` samples."""
     batches, answer = [], S.answer
-
     def watched(model, *a, **k):
         result = answer(model, *a, **k)
         if k.get("samples"):
             state = {name: value.clone() for name, value in model.state_dict().items()}
             batches.append((state, *result[:2]))
         return result
-
     monkeypatch.setattr(S, "answer", watched)
     return batches
 
@@ -811,12 +795,10 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_named(policy, poison, 
     """One likelihood of one sample, in update 4: never replaced by a number (a NaN that became 0 would be the largest
     weight of its group). The message names run and update; log and checkpoint are those of update 2."""
     calls, elbo = [], S.elbo
-
     def poisoned(model, prompts, completions, masks, B):
         calls.append(1)
         values = elbo(model, prompts, completions, masks, B)
         return torch.where(torch.arange(len(values)) == 3, poison, values) if len(calls) == 7 else values
-
     monkeypatch.setitem(S.ESTIMATORS, "elbo", poisoned)  # once in `check`, then old, new, new in each batch
     with pytest.raises(SystemExit) as stop, mock.patch.object(TASKS["addition"], "reward", dense_reward):
         S.main(f"{TINY} {policy} --out {tmp_path}".split())
@@ -828,12 +810,10 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_named(policy, poison, 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(tmp_path, monkeypatch):
     """Finite loss, finite ratios, infinite gradient: the weights stay as they were."""
     config, models, new_model = S.Config(prompts=2, group_size=3, out=str(tmp_path)), [], S.new_model
-
     def hooked(*arguments):
         models.append(new_model(*arguments))
         models[-1].head.weight.register_hook(lambda grad: grad * math.inf)
         return models[-1]
-
     base = new_model(config).state_dict()
     monkeypatch.setattr(S, "new_model", hooked)
     monkeypatch.setattr(S, "group_advantages", lambda rewards, group_size: torch.tensor([1.0, -1.0] * 3))
@@ -919,7 +899,6 @@ def test_a_crash_while_something_is_written_leaves_the_last_good_checkpoint(mome
     run(tmp_path / "whole", "--updates 6")
     calls, where = [], {"write": (torch, "save"), "rename": (os, "replace"), "log": (Path, "write_text")}[moment]
     original = getattr(*where)
-
     def crash_at_the_second(*arguments):
         path = arguments[0] if moment == "log" else getattr(arguments[1], "name", arguments[1])
         calls.append("base-" not in str(path))
@@ -928,7 +907,6 @@ def test_a_crash_while_something_is_written_leaves_the_last_good_checkpoint(mome
                 Path(path).write_bytes(b"half of it")
             raise RuntimeError("power cut")
         return original(*arguments)
-
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         patch.setattr(*where, crash_at_the_second)
         run(tmp_path / "crashed", "--updates 6")
@@ -951,11 +929,9 @@ def test_resume_is_exact_for_estimators_and_losses_that_draw_from_the_global_str
     monkeypatch.setitem(S.ESTIMATORS, "noisy", noisy)
     policy, save = "--loss stabledrl --estimator noisy", S.save
     run(tmp_path / "whole", policy=policy)
-
     def stop_after_the_first(*arguments):
         save(*arguments)
         raise RuntimeError("stopped")
-
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
         patch.setattr(S, "save", stop_after_the_first)
         run(tmp_path / "cut", policy=policy)
@@ -1116,12 +1092,10 @@ def test_a_config_built_in_python_is_complete(tmp_path):
 def test_one_failure_does_not_end_the_others(tmp_path, monkeypatch, capsys):
     """Neither one after the other nor side by side; the exit status says that something failed."""
     train = S.train
-
     def unlucky(config, base):
         if config.loss == "grpo":
             raise FloatingPointError("bad luck")
         return train(config, base)
-
     monkeypatch.setattr(S, "train", unlucky)
     for i, threads in enumerate((1, 2)):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -1155,7 +1129,6 @@ def test_main_says_how_far_it_is_and_how_to_get_a_figure(tmp_path, capsys):
 def test_the_figure_has_a_panel_for_each_column_and_a_line_for_each_run(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib")
     import matplotlib.pyplot as plt
-
     monkeypatch.setattr(plt, "close", lambda *_: None)
     run(tmp_path, policy="--loss grpo stabledrl --estimator elbo")
     figure = plt.gcf()
@@ -1207,7 +1180,6 @@ def test_task_keeps_the_contract(task):
         assert {len(p) for p in prompts} == {task.prompt_len} and {len(r) for r in references} == {task.completion_len}
         assert set("".join(prompts + references)) <= set(task.vocab)
         assert all(task.reward(p, r) == 1.0 for p, r in zip(prompts, references))
-        assert all(task.explain(p, r) == "right" for p, r in zip(prompts[:100], references))
     assert not set(train[0]) & set(test[0])
     assert task.prompt_len % task.block_size == task.completion_len % task.block_size == 0
     assert task.sample(np.random.default_rng(1), 10_000, "train") == train
@@ -1218,7 +1190,7 @@ def test_task_keeps_the_contract(task):
     with pytest.raises(ValueError, match="one length"):
         encode(task, [train[0][0], ""])
     for prompt, completion in itertools.product([*ADVERSARIAL, train[0][0]], ADVERSARIAL):
-        assert task.reward(prompt, completion) == 0.0 and isinstance(task.explain(prompt, completion), str)
+        assert task.reward(prompt, completion) == 0.0
 
 def right_sum(prompt, completion):
     """Oracle for addition, without regular expressions: an exact sum, its one spelling, and dots up to the length."""
@@ -1239,13 +1211,11 @@ def right_countdown(prompt, completion):
     if len(completion) != 8 or not set(text) <= set("0123456789+-*()"):
         return False
     numbers, operators = [], {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__}
-
     def value(node):
         if isinstance(node, ast.Constant):
             numbers.append(node.value)
             return Fraction(node.value)
         return operators[type(node.op)](value(node.left), value(node.right))
-
     try:
         result = value(ast.parse(text, mode="eval").body)
     except (SyntaxError, KeyError, AttributeError):  # no expression, a sign, a call or a tuple
@@ -1319,15 +1289,14 @@ def test_addition_rewards_the_sum_and_nothing_else():
         split)[0]} for split in ("train", "test")}
     assert not pairs["train"] & pairs["test"] and len(pairs["train"]) == 4545 and len(pairs["test"]) == 505
 
-def test_chain_looks_at_the_end_alone_and_explains_the_way():
-    reward, explain = TASKS["chain"].reward, TASKS["chain"].explain
-    answers = {"122026": "right", "122025": "should end in 26: sum 3 should be 26, not 25", "12202.": "should be 1220"}
-    answers["120026"] = "right at the end, though sum 2 should be 20, not 00"
-    for completion, words in answers.items():
-        assert explain("7+5+8+6=", completion).startswith(words)
-        assert reward("7+5+8+6=", completion) == float(completion.endswith("26"))
-    multisets = {split: {tuple(sorted(p)) for p in TASKS["chain"].sample(np.random.default_rng(0), 40_000,
-        split)[0]} for split in ("train", "test")}
+def test_chain_looks_at_the_end_alone():
+    for completion in ("122026", "122025", "12202.", "120026", "99 926", "000026"):
+        right = completion.endswith("26") and completion.isdigit()
+        assert TASKS["chain"].reward("7+5+8+6=", completion) == float(right)
+    multisets = {}
+    for split in ("train", "test"):
+        prompts, _ = TASKS["chain"].sample(np.random.default_rng(0), 40_000, split)
+        multisets[split] = {tuple(sorted(p)) for p in prompts}
     assert not multisets["train"] & multisets["test"] and sum(map(len, multisets.values())) == math.comb(13, 4)
 
 def test_countdown_rewards_every_right_expression_and_a_little_what_is_well_formed():
@@ -1359,7 +1328,6 @@ def balanced(text):
 def test_sudoku_rewards_right_cells_and_punishes_overwritten_givens():
     """288 grids, found here by filling cell by cell; a split by grid; puzzles with one solution; the reward by hand."""
     task = TASKS["sudoku"]
-
     def fill(cells):
         if len(cells) == 16:
             return [cells]
@@ -1367,31 +1335,18 @@ def test_sudoku_rewards_right_cells_and_punishes_overwritten_givens():
         seen = set(cells[4 * r :]) | set(cells[c::4])
         seen |= {cells[4 * i + j] for i in range(r // 2 * 2, r) for j in range(c // 2 * 2, c // 2 * 2 + 2)}
         return [grid for d in "1234" if d not in seen for grid in fill(cells + d)]
-
     grids = set(fill(""))
     solutions = {split: set(task.sample(np.random.default_rng(0), 9_000, split)[1]) for split in ("train", "test")}
     assert len(grids) == 288 and solutions["train"] | solutions["test"] == grids
     assert not solutions["train"] & solutions["test"] and len(solutions["test"]) == 28
     for puzzle, solution in zip(*task.sample(np.random.default_rng(1), 300, "test")):
-        assert [g for g in grids if all(p in (".", c) for p, c in zip(puzzle, g))] == [solution] and puzzle.count(
-            "."
-        ) == 4
+        fitting = [g for g in grids if all(p in (".", c) for p, c in zip(puzzle, g))]
+        assert fitting == [solution] and puzzle.count(".") == 4
         empty, given = puzzle.index("."), next(i for i, c in enumerate(puzzle) if c != ".")
         change = lambda i: solution[:i] + str(int(solution[i]) % 4 + 1) + solution[i + 1 :]
         assert task.reward(puzzle, change(empty)) == 3 / 4 and task.reward(puzzle, change(given)) == 4 / 5
-        assert task.reward(puzzle, puzzle) == 0 and "1 wrong cells, 1 of them given" in task.explain(puzzle,
-            change(given))
+        assert task.reward(puzzle, puzzle) == 0
     assert task.reward("." * 16, solution) == 0 and task.reward(solution, solution) == 0, "no puzzle of this task"
-
-def test_addition_explains_mistakes_in_words():
-    explain = TASKS["addition"].explain
-    assert explain("18+05=", "13..") == "should be 23..: off by -10 (the carry is lost)"
-    assert explain("12+05=", "27..") == "should be 17..: off by +10 (a carry that is not there)"
-    assert (explain("18+05=", "33..") == "should be 23..: off by +10" and explain("12+05=", "7...") ==
-        "should be 17..: off by -10")
-    assert explain("18+05=", "2.3.") == "should be 23..: this is not a number followed by dots"
-    assert explain("01+02=", "03..") == "should be 3...: the right number, written the wrong way"
-    assert explain("1+2=", "3...") == "not a prompt of this task"
 
 # README ----------------------------------------------------------------------------------------------------------------
 
@@ -1469,7 +1424,6 @@ def test_bench_one_staircase_pass_against_one_pass_per_block():
     (P, L, B, K, N), model = (16, 64, 4, 2, 32), S.BlockDiffusionTransformer(14)
     prompts, completions = batch(N, P, L, 14)
     masks = S.sample_masks(N, K, L, B, seeded())
-
     def per_block():
         parts = []
         for k, start in itertools.product(range(K), range(P, P + L, B)):
@@ -1481,7 +1435,6 @@ def test_bench_one_staircase_pass_against_one_pass_per_block():
             hidden = masks[:, k, block]
             parts.append((B / hidden.sum(-1, keepdim=True) * hidden * log_p).sum(-1))
         return torch.stack(parts).sum(0) / K
-
     one_pass = lambda: S.elbo(model, prompts, completions, masks, B)
     assert torch.allclose(one_pass(), per_block(), atol=1e-3)
     fast, slow = alternately(lambda: one_pass().sum().backward(), lambda: per_block().sum().backward())

@@ -12,7 +12,6 @@ A task is any object with these attributes (`toy_tasks/addition.py` is the examp
                                    split is "train" or "test", and no prompt is in both
     reward(prompt, completion)  -> float in [0, 1], judged from the two strings alone; takes any string, never
                                    raises; 0 for a completion of another length
-    explain(prompt, completion) -> a few words on what is right or wrong with it, for people
 
 To add one: write the module, and put it into TASKS.
 """

@@ -47,24 +47,3 @@ def _answer(prompt):
 def reward(prompt, completion):
     """1.0 if `completion` is the right sum, written the one right way, else 0.0. Total: any two strings will do."""
     return float(completion == _answer(prompt))
-
-
-def explain(prompt, completion):
-    """What is wrong with an answer, in words: format, size of the error, or a lost carry."""
-    answer = _answer(prompt)
-    if answer is None:
-        return "not a prompt of this task"
-    if completion == answer:
-        return "right"
-    if not re.fullmatch(r"[0-9]{1,3}\.{1,3}", completion) or len(completion) != completion_len:
-        return f"should be {answer}: this is not a number followed by dots"
-    error = int(completion.rstrip(".")) - int(answer.rstrip("."))
-    if error == 0:
-        return f"should be {answer}: the right number, written the wrong way"
-    carries = int(prompt[1]) + int(prompt[4]) > 9
-    hint = ""
-    if error == -10 and carries:
-        hint = " (the carry is lost)"
-    if error == 10 and not carries:
-        hint = " (a carry that is not there)"
-    return f"should be {answer}: off by {error:+d}{hint}"

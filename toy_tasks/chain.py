@@ -49,20 +49,3 @@ def reward(prompt, completion):
     if sums is None or not re.fullmatch("[0-9]{6}", completion):
         return 0.0
     return float(completion[4:] == sums[-1])
-
-
-def explain(prompt, completion):
-    """What is wrong with an answer, in words: the format, or the first wrong running sum."""
-    sums = _sums(prompt)
-    if sums is None:
-        return "not a prompt of this task"
-    if not re.fullmatch("[0-9]{6}", completion):
-        return f"should be {''.join(sums)}: this is not three two-digit numbers"
-    numbers = [completion[:2], completion[2:4], completion[4:]]
-    for i in range(3):
-        if numbers[i] != sums[i]:
-            first = f"sum {i + 1} should be {sums[i]}, not {numbers[i]}"
-            if numbers[2] == sums[2]:
-                return f"right at the end, though {first}"
-            return f"should end in {sums[2]}: {first}"
-    return "right"

@@ -87,20 +87,13 @@ def sample(rng, n, split):
 
 def reward(prompt, completion):
     """1.0, 0.1 or 0.0, as above. Total: any two strings will do; another length than 8 is not looked at."""
-    verdict = explain(prompt, completion).split(":")[0]
-    return {"right": 1.0, "well formed": 0.1}.get(verdict, 0.0)
-
-
-def explain(prompt, completion):
-    """What is wrong with an answer, in words."""
     if not re.fullmatch("[1-9],[1-9],[1-9]=[0-9]{2}", prompt) or len(completion) != completion_len:
-        return "not a prompt of this task, or not 8 characters"
+        return 0.0
     text = completion.rstrip(".")
     try:
         value = _parse(text)
-    except ValueError as error:
-        return f"not well formed: {error}"
-    numbers = sorted(re.findall("[0-9]+", text))
-    if numbers == sorted(prompt[:5:2]) and value == int(prompt[6:]):
-        return "right"
-    return f"well formed: but it makes {value} from {' '.join(numbers)}"
+    except ValueError:
+        return 0.0
+    numbers = re.findall("[0-9]+", text)
+    right = sorted(numbers) == sorted(prompt[:5:2]) and value == int(prompt[6:])
+    return 1.0 if right else 0.1

@@ -89,15 +89,3 @@ def reward(prompt, completion):
         else:
             overwritten += written != wanted
     return right / (prompt.count(".") + overwritten)
-
-
-def explain(prompt, completion):
-    """What is wrong with an answer, in words."""
-    solution = _solution(prompt)
-    if solution is None:
-        return "not a prompt of this task"
-    if completion == solution:
-        return "right"
-    wrong = [i for i in range(16) if completion[i : i + 1] != solution[i]]
-    givens = sum(prompt[i] != "." for i in wrong)
-    return f"should be {solution}: {len(wrong)} wrong cells, {givens} of them given"
