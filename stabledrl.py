@@ -701,7 +701,7 @@ class BaseConfig:
     n_layer: int = 2  # its layers
     n_head: int = 4  # attention heads per layer
     base_accuracy: float = 0.4  # pretraining stops at this accuracy
-    device: str = "cpu"  # or cuda: at this size hardly faster
+    device: str = "cpu"  # or cuda
 
 @dataclasses.dataclass
 class Config(BaseConfig):
