@@ -307,7 +307,8 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
     positions = torch.arange(P + L, device=device)
     may_look = block_causal_mask(P + L, B, device)  # (P + L, P + L)
 
-    def read(tokens, begin, cache):  # tokens that stand at the positions from `begin` on
+    def read(tokens, begin, cache):
+        """Read tokens that stand at the positions from `begin` on, behind the cached ones."""
         here = slice(begin, begin + tokens.shape[1])
         return model.read(tokens, positions[here], may_look[here, : here.stop], cache)
 
@@ -403,6 +404,7 @@ def exact_log_likelihood(model, prompts, completions, block_size):
 def without_masks(function):
     """The estimator that calls function(model, prompts, completions, block_size)."""
     def estimator(model, prompts, completions, masks, block_size):
+        """The masks are not looked at."""
         return function(model, prompts, completions, block_size)
     return estimator
 
@@ -826,6 +828,7 @@ def start_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 def end_with_parent():
+    """Wait until the parent process is gone, and go as well."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
