@@ -61,11 +61,9 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -162,7 +160,7 @@ class BlockDiffusionTransformer(nn.Module):
 def check_lengths(block_size, *lengths):
     """AssertionError unless all are multiples: training and sampling would cut different blocks."""
     for length in lengths:
-        assert length % block_size == 0, f"{lengths} are no multiples of block_size {block_size}"
+        assert length % block_size == 0, f"lengths {lengths} must be multiples of block_size {block_size}"
 
 def block_causal_mask(length, block_size, device=None):
     """(length, length) bool, True = the row may look at the column: at its own block and all before
@@ -273,7 +271,7 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     targets = completions.repeat(1, K)  # (N, K·L)
     return -F.cross_entropy(noisy_logits, targets, reduction="none").view(N, K, L)
 
-def elbo(model, prompts, completions, masks, block_size):
+def elbo(model, prompts, completions, masks, block_size, **unused):
     """L̂ in nats (N,): Monte-Carlo ELBO of log π(completion | prompt), a mean over K copies,
     unbiased for `exact_elbo` (§5). Every block of every copy must have a hidden token."""
     log_p = token_log_probs(model, prompts, completions, masks, block_size)  # (N, K, L)
@@ -296,8 +294,9 @@ def elbo(model, prompts, completions, masks, block_size):
 
 @torch.no_grad()
 def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random",
-             generator=None, samples=1):
-    """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples.
+             generator=None, samples=1, return_steps=False):
+    """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples; with
+    return_steps also (N,L) long, at which step of its block, 0..B−1, a place was written.
     temperature divides the logits; 0 takes the likeliest token. AssertionError for a wrong order,
     if P or L is no multiple of B, or if a probability is not finite."""
     prompts = torch.as_tensor(prompts)
@@ -307,18 +306,17 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
     positions = torch.arange(P + L, device=device)
     may_look = block_causal_mask(P + L, B, device)  # (P + L, P + L)
 
-    def read(tokens, begin, cache):
-        """Read tokens that stand at the positions from `begin` on, behind the cached ones."""
-        here = slice(begin, begin + tokens.shape[1])
-        return model.read(tokens, positions[here], may_look[here, : here.stop], cache)
-
-    unread, cache, blocks = prompts, None, []  # unread: finished, but not yet in the cache
+    completions = prompts.new_full((M * samples, L), model.mask_id)  # (N, L)
+    steps = torch.zeros_like(completions)
+    _, cache = model.read(prompts, positions[:P], may_look[:P, :P])
     for begin in range(P, P + L, B):
-        _, cache = read(unread, begin - unread.shape[1], cache)
-        block = prompts.new_full((M * samples, B), model.mask_id)  # (N, B)
-        lots = torch.rand(M * samples, B, generator=generator, device=device)  # (N, B)
-        for _ in range(B):
-            logits, _ = read(block, begin, cache)  # (N, B, vocab)
+        end = begin + B
+        here, visible = positions[begin:end], may_look[begin:end, :end]
+        places = slice(begin - P, end - P)
+        block = completions[:, places]  # (N, B), a view: writing here writes there
+        lots = torch.rand(block.shape, generator=generator, device=device)
+        for step in range(B):
+            logits, _ = model.read(block, here, visible, cache)  # (N, B, vocab)
             priority = lots if order == "random" else logits.softmax(-1).amax(-1)  # (N, B)
             priority = priority.masked_fill(block != model.mask_id, -1)  # what is written stays
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
@@ -328,10 +326,11 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
             if temperature > 0:
                 p = (logits / temperature).softmax(-1)  # (N, vocab)
                 token = torch.multinomial(p, 1, generator=generator)
-            block = block.scatter(1, place, token)
-        blocks.append(block)
-        unread = block
-    return torch.cat(blocks, dim=1)
+            block.scatter_(1, place, token)
+            steps[:, places].scatter_(1, place, step)
+        if end < P + L:
+            _, cache = model.read(block, here, visible, cache)
+    return (completions, steps) if return_steps else completions
 
 # ==== §5  The exact answers =======================================================================
 # What it teaches: what L̂ is an estimate *of*, what the truth costs, and what exp makes of noise. A
@@ -352,9 +351,9 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # L̂_θ uses the masks of L̂_old again (--shared_masks), η nearly cancels, though g stays as noisy.
 # The other error, the *bias* log π − ELBO, hardly moves in one update, and cancels in the ratio.
 
-MAX_EXACT_BLOCK = 8  # B for which 2^B − 1 copies are still affordable
+MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies are still affordable
 
-def mean_field(model, prompts, completions, block_size):
+def mean_field(model, prompts, completions, block_size, **unused):
     """The one-step proxy (N,): log-probability if each block were written at once from blanks, its
     tokens independent of each other. No noise, but a bias that can be large."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
@@ -362,27 +361,26 @@ def mean_field(model, prompts, completions, block_size):
 
 def every_pattern(model, prompts, completions, block_size):
     """log p under every way to hide a part of a block: (2^B−1, B) bool patterns, (N, 2^B−1, L/B, B)
-    log p. A pattern hides the same places in all blocks, which do not see each other's copies. At
-    most 16 patterns go into a pass. AssertionError if B is above MAX_EXACT_BLOCK."""
+    log p. A pattern hides the same places in all blocks: they do not see each other's copies.
+    AssertionError if B is above MAX_EXACT_BLOCK."""
     B, L = block_size, completions.shape[1]
     assert B <= MAX_EXACT_BLOCK, f"2^B − 1 copies for block_size {B}: at most {MAX_EXACT_BLOCK}"
     sets = torch.arange(1, 2**B, device=completions.device)  # place i is hidden if bit i is 1
     patterns = (sets[:, None] >> torch.arange(B, device=sets.device)) % 2 == 1  # (2^B−1, B)
     masks = patterns.repeat(1, L // B).expand(len(completions), -1, -1)  # (N, 2^B−1, L)
-    parts = masks.split(16, 1)
-    log_p = [token_log_probs(model, prompts, completions, part, B) for part in parts]
-    return patterns, torch.cat(log_p, 1).unflatten(-1, (-1, B))
+    log_p = token_log_probs(model, prompts, completions, masks, B)  # (N, 2^B−1, L)
+    return patterns, log_p.unflatten(-1, (-1, B))
 
-def exact_elbo(model, prompts, completions, block_size):
+def exact_elbo(model, prompts, completions, block_size, **unused):
     """The mean of `elbo` over all masks of `sample_masks`, each with its probability (N,): no
     noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
     # probability 1/B for the count m, 1/C(B,m) for the pattern; times the weight B/m of the ELBO
     weights = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
-    weights = torch.tensor(weights, device=log_p.device)[:, None] * patterns  # (2^B−1, B)
+    weights = log_p.new_tensor(weights)[:, None] * patterns  # (2^B−1, B)
     return (weights[:, None] * log_p).sum((1, 2, 3))
 
-def exact_log_likelihood(model, prompts, completions, block_size):
+def exact_log_likelihood(model, prompts, completions, block_size, **unused):
     """log π(completion | prompt) in nats (N,), of `generate` with order="random" and temperature=1.
     Per block, reach[h] is the probability that the sampler gets to the state in which exactly the
     set h is hidden, and the rest is right: from a state with one more token i hidden, by choosing
@@ -401,19 +399,23 @@ def exact_log_likelihood(model, prompts, completions, block_size):
         log_reach[hidden] = torch.stack(ways).logsumexp(0)
     return log_reach[0].sum(-1)
 
-def without_masks(function):
-    """The estimator that calls function(model, prompts, completions, block_size)."""
-    def estimator(model, prompts, completions, masks, block_size):
-        """The masks are not looked at."""
-        return function(model, prompts, completions, block_size)
-    return estimator
+def trajectory(model, prompts, completions, steps, block_size, **unused):
+    """log p(completion | prompt, order) in nats (N,): no noise. The order is that of `steps`, which
+    `generate` returned; its own probability, 1/B! per block, is left out, as it does not depend on
+    θ. B copies. Source: TraceRL (Wang et al., arXiv 2509.06949)."""
+    step = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
+    hidden = steps[:, None] >= step  # (N, B, L): copy k is the completion as it was before step k
+    log_p = token_log_probs(model, prompts, completions, hidden, block_size)  # (N, B, L)
+    return log_p.take_along_dim(steps[:, None], dim=1).sum((-2, -1))  # a place at its own step
 
-# What --estimator means: name -> function(model, prompts, completions, masks, block_size) -> (N,).
+# What --estimator means: name -> function(model, prompts, completions, ..) -> (N,). The keywords
+# `masks` (N,K,L), `steps` (N,L) and `block_size` are there for whoever names them.
 ESTIMATORS = {
     "elbo": elbo,
-    "mean_field": without_masks(mean_field),
-    "exact_elbo": without_masks(exact_elbo),
-    "exact": without_masks(exact_log_likelihood),
+    "trajectory": trajectory,
+    "mean_field": mean_field,
+    "exact_elbo": exact_elbo,
+    "exact": exact_log_likelihood,
 }
 
 # ==== §6  The losses ==============================================================================
@@ -536,20 +538,23 @@ def new_model(config, weights=None):
     return model.to(config.device)
 
 def answer(model, task, texts, block_size, **options):
-    """The model answers M prompts (strings), options as in `generate`, and the task judges the
-    answers -> prompts (M,P) and completions (N,L) as tokens, rewards (N,)."""
+    """The model answers M prompts (strings), options as in `generate`, and the task judges ->
+    (batch, rewards (N,)). batch has all that an estimate of §5 needs beside model and masks:
+    prompts (M,P), completions (N,L), their steps (N,L) and block_size."""
     device = model.embed.weight.device
     prompts = torch.as_tensor(encode(task, texts), device=device)
-    completions = generate(model, prompts, task.completion_len, block_size, **options)
+    completions, steps = generate(
+        model, prompts, task.completion_len, block_size, return_steps=True, **options)
     samples = len(completions) // len(texts)
     answers = decode(task, completions)
     rewards = [float(task.reward(texts[i // samples], text)) for i, text in enumerate(answers)]
-    return prompts, completions, torch.tensor(rewards, device=device)
+    batch = dict(prompts=prompts, completions=completions, steps=steps, block_size=block_size)
+    return batch, torch.tensor(rewards, device=device)
 
 def accuracy(model, task, block_size):
     """Share of 500 held-out prompts, always the same, solved by greedy decoding, surest first."""
     texts, _ = task.sample(np.random.default_rng(0), 500, "test")
-    _, _, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
+    _, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
     return (rewards == 1).double().mean().item()
 
 def pretrain(config):
@@ -576,9 +581,10 @@ def train(config, base):
     """RL from the base policy, a state dict -> (trained model, lines of the log as dicts). Each
     line of the log goes to the disk with a checkpoint; with config.resume, training goes on from
     there. FloatingPointError where a number is not finite, before that update is made."""
-    task, B, G, mu = TASKS[config.task], config.block_size, config.group_size, config.mu
-    N, L = config.prompts * G, task.completion_len
+    task, B = TASKS[config.task], config.block_size
+    G, mu = config.group_size, config.mu
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
+    mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     model, base_model = new_model(config, base), new_model(config, base)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99))
     rows = restore(config, model, optimizer)
@@ -594,29 +600,29 @@ def train(config, base):
         rng = np.random.default_rng([config.seed, 1, done])
         texts, _ = task.sample(rng, config.prompts, "train")
         sampling, masking = stream(config, f"samples {done}"), stream(config, f"masks {done}")
-        prompts, completions, rewards = answer(model, task, texts, B, samples=G, generator=sampling)
+        batch, rewards = answer(model, task, texts, B, samples=G, generator=sampling)
         advantages = group_advantages(rewards, G)
         recent["reward"].append(rewards.mean().item())
 
         # (2) L̂_old: how likely the old policy finds them. And the truth, where the log wants it.
-        masks = draw_masks(N, config.copies, L, B, masking)
+        masks = draw_masks(*mask_shape, B, masking)
         with torch.no_grad():
-            old_log_prob = estimate(model, prompts, completions, masks, B)  # (N,)
+            old_log_prob = estimate(model, masks=masks, **batch)  # (N,)
             if measure_noise:
-                old_truth = exact_log_likelihood(model, prompts, completions, B)  # (N,)
-                base_truth = exact_log_likelihood(base_model, prompts, completions, B)  # (N,)
+                old_truth = exact_log_likelihood(model, **batch)  # (N,)
+                base_truth = exact_log_likelihood(base_model, **batch)  # (N,)
                 recent["drift"].append((old_truth - base_truth).mean().item())
 
         # (3) μ updates learn from them: L̂_θ, the ratio, the loss, a step.
         for update in range(done + 1, done + mu + 1):
             if not config.shared_masks:
-                masks = draw_masks(N, config.copies, L, B, masking)
-            log_prob = estimate(model, prompts, completions, masks, B)  # (N,)
+                masks = draw_masks(*mask_shape, B, masking)
+            log_prob = estimate(model, masks=masks, **batch)  # (N,)
             log_ratio = log_prob - old_log_prob
             if update == done + 1:
                 recent["spread"].append(log_ratio.std(correction=0).item())
             if measure_noise and update == done + mu:
-                truth = exact_log_likelihood(model, prompts, completions, B)
+                truth = exact_log_likelihood(model, **batch)
                 noise = log_ratio - (truth - old_truth)
                 recent["noise_std"].append(noise.std(correction=0).item())
             loss = LOSSES[config.loss][0](log_ratio, advantages, config.clip_eps, G)
@@ -645,9 +651,12 @@ def train(config, base):
 
 def save(config, model, optimizer, rows):
     """Write log.jsonl, then checkpoint.pt: who is killed in between makes the last line again."""
+    parent = multiprocessing.parent_process()
+    if parent and not parent.is_alive():
+        os._exit(1)  # the program was killed: nothing goes on behind its back
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    first = {"run": folder.name, **vars(config)}
+    first = dict(vars(config))
     del first["out"], first["resume"]  # the same run makes the same log wherever it is
     lines = [json.dumps(line) + "\n" for line in [first, *rows]]
     (folder / "log.jsonl").write_text("".join(lines))
@@ -666,36 +675,31 @@ def save_as(path, state):
 def restore(config, model, optimizer):
     """With config.resume, set both to the run's checkpoint, if there is one -> its log so far."""
     path = run_folder(config) / "checkpoint.pt"
-    if not (config.resume and path.exists()):
-        return []
-    saved = load(path)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["rows"]
+    if config.resume and path.exists():
+        saved = load(path)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return saved["rows"]
+    return []
 
 def load(path):
     """What save_as saved: a dict. ValueError if the file is damaged."""
     try:
-        return dict(torch.load(path))  # weights only, torch's default: a hostile file runs no code
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError):
+        return torch.load(path)  # weights only, torch's default: a hostile file runs no code
+    except Exception:  # damage shows in many ways
         raise ValueError(f"{path} is damaged: delete it, and it is made anew") from None
 
 # ==== §9  Command line ============================================================================
 # What it teaches: nothing new. The fields of `Config` are the flags, and the first line of a log. A
 # flag with several values means a run for each combination, side by side on a CPU under Linux.
 
-MAIN_JOB = [
-    {"loss": "grpo", "estimator": "elbo"},
-    {"loss": "grpo", "estimator": "exact"},
-    {"loss": "stabledrl", "estimator": "elbo"},
-]
+MAIN_JOB = [("grpo", "elbo"), ("grpo", "exact"), ("stabledrl", "elbo")]  # loss and estimator
 CHOICES = {"task": TASKS, "loss": LOSSES, "estimator": ESTIMATORS, "masks": MASKS}
 PANELS = {"reward": "linear", "ratio_max": "log", "grad_norm": "log"}  # columns of the log to draw
 
 @dataclasses.dataclass
 class BaseConfig:
     """What `pretrain` looks at. Runs that agree in all of this start from one base policy."""
-
     task: str = "addition"  # what to learn
     seed: int = 0  # every seed has a base policy of its own
     block_size: int = None  # B, tokens per block. None: the task's own
@@ -708,11 +712,10 @@ class BaseConfig:
 @dataclasses.dataclass
 class Config(BaseConfig):
     """The settings of one run. AssertionError, in one line, for numbers that cannot be."""
-
     loss: str = "stabledrl"  # §6
     estimator: str = "elbo"  # of log π, §3 and §5
     masks: str = "independent"  # how masks are drawn, §3
-    shared_masks: bool = False  # L̂_θ uses the masks of L̂_old, in all μ updates
+    shared_masks: int = False  # L̂_θ uses the masks of L̂_old, in all μ updates
     copies: int = 1  # K, noisy copies behind one estimate
     clip_eps: float = None  # ε. None: the loss's own
     lr: float = 1e-4  # learning rate of RL
@@ -723,7 +726,7 @@ class Config(BaseConfig):
     updates: int = 1200  # updates of RL
     log_every: int = 40  # updates per line of the log
     out: str = "runs"  # folder for all that is written
-    resume: bool = False  # go on with the runs whose folders exist
+    resume: int = False  # go on with the runs whose folders exist
 
     def __post_init__(self):
         if self.block_size is None:
@@ -763,44 +766,43 @@ def base_policy(config):
     return load(path)
 
 def check(config):
-    """AssertionError, ValueError, RuntimeError or OSError, in one line, for what cannot work: masks
-    and estimate are tried once, before any work is done."""
-    task, folder, model = TASKS[config.task], run_folder(config), new_model(config)
-    prompts = torch.zeros(1, task.prompt_len, dtype=torch.long)
-    completions = torch.zeros(2, task.completion_len, dtype=torch.long)
-    draw_masks, B = MASKS[config.masks], config.block_size
-    masks = draw_masks(2, config.copies, task.completion_len, B, torch.Generator())
-    log_prob = ESTIMATORS[config.estimator](model.cpu(), prompts, completions, masks, B)
-    check_batch(log_prob, torch.zeros(2), 2)
+    """An error, whose text is one line, for what cannot work: masks and estimate are tried once, on
+    two completions, before any work is done."""
+    task, B, model = TASKS[config.task], config.block_size, new_model(config)
+    texts, _ = task.sample(np.random.default_rng(0), 2, "train")
+    generator = stream(config, "check")
+    batch, _ = answer(model, task, texts, B, generator=generator)
+    masks = MASKS[config.masks](2, config.copies, task.completion_len, B, generator)
+    log_prob = ESTIMATORS[config.estimator](model, masks=masks, **batch)
+    check_batch(log_prob, log_prob, 2)
     restore(config, model, torch.optim.Adam(model.parameters(), config.lr))
+    folder = run_folder(config)
     if folder.exists() and not config.resume:
         raise ValueError(f"{folder} exists: --resume it, or choose another --out")
     Path(config.out).mkdir(parents=True, exist_ok=True)
 
 def parse(argv):
     """Command line -> list of Config. Bad input: one line, status 2, before any work."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.error = lambda message: parser.exit(2, f"stabledrl.py: error: {message}\n")
     for field in dataclasses.fields(Config):
-        is_bool = field.type is bool  # --resume, or --resume 1, or --resume 0
+        nargs = "*" if field.default is False else "+"  # --resume, or --resume 1, or --resume 0
         parser.add_argument(
-            f"--{field.name}", type=int if is_bool else field.type, nargs="*" if is_bool else "+",
-            choices=CHOICES.get(field.name))
-    given = vars(parser.parse_args(argv))
-    grid = {}
+            f"--{field.name}", type=field.type, nargs=nargs, choices=CHOICES.get(field.name))
+    given = vars(parser.parse_args(argv))  # name of a flag -> its values
     for name, values in given.items():
-        if values is not None:
-            grid[name] = dict.fromkeys(values or [1])  # each once; a bare --resume means 1
-    points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    if "loss" not in grid and "estimator" not in grid:
-        points = [point | policy for point in points for policy in MAIN_JOB]
+        given[name] = dict.fromkeys(values or [1])  # each once; a bare --resume means 1
+    points = [dict(zip(given, values)) for values in itertools.product(*given.values())]
+    if not given.keys() & {"loss", "estimator"}:
+        points = [dict(point, loss=loss, estimator=estimator)
+                  for point in points for loss, estimator in MAIN_JOB]
     try:
         configs = []
         for point in points:
             task = TASKS[point.get("task", "addition")]
             configs.append(Config(**(task.defaults | point)))
             check(configs[-1])
-    except (ValueError, OSError, AssertionError, RuntimeError) as error:
+    except (ValueError, OSError, AssertionError, RuntimeError, TypeError) as error:
         parser.error(" ".join(str(error).split()))  # in one line
     return configs
 
@@ -821,16 +823,9 @@ def attempt(config):
         return False
 
 def start_worker():
-    """What a process does first: take one thread, die quietly on Ctrl-C, and end when the parent
-    ends, so that nothing goes on behind the back of a killed program."""
+    """What a process does first: take one thread, and die quietly on Ctrl-C."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-def end_with_parent():
-    """Wait until the parent process is gone, and go as well."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 def attempt_all(configs):
     """`attempt` for all configs -> list of bool. Under Linux, on a CPU, as many side by side as
@@ -847,11 +842,10 @@ def plot(folders, out):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3), layout="constrained")
     for folder in folders:
-        first, *rows = [json.loads(line) for line in open(folder / "log.jsonl")]
+        _, *rows = [json.loads(line) for line in open(folder / "log.jsonl")]
         updates = [row["update"] for row in rows]
         for axis, (column, scale) in zip(axes, PANELS.items()):
-            values = [row.get(column, math.nan) for row in rows]
-            axis.plot(updates, values, label=first["run"])
+            axis.plot(updates, [row[column] for row in rows], label=folder.name)
             axis.set(title=column, xlabel="update", yscale=scale)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
     figure.savefig(Path(out, "plot.svg"))

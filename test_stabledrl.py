@@ -330,6 +330,22 @@ def test_sampler_frequencies_follow_the_exact_likelihood(B, L):
     freedom = len(bins) - 1
     assert sum((o - e) ** 2 / e for o, e in bins if e > 1) < freedom + 5 * (2 * freedom) ** 0.5
 
+@pytest.mark.parametrize("B,orders", [(2, 2), (3, 6)])
+def test_completions_and_their_steps_are_drawn_from_the_trajectory_distribution(B, orders):
+    """§4, §5: one block, 30,000 samples over all pairs of completion and order: chi-square with the same bound."""
+    model, prompt, everything = tiny_model(vocab_size=4, seed=2), torch.tensor([[0, 1, 2, 0, 1, 2]]), every_completion(B, 4)
+    samples, steps = S.generate(model, prompt, B, B, generator=seeded(B), samples=30_000, return_steps=True)
+    counts = Counter(zip(map(tuple, samples.tolist()), map(tuple, steps.tolist())))
+    bins = []
+    for order in itertools.permutations(range(B)):
+        in_this_order = torch.tensor(order).expand(len(everything), -1)
+        log_p = S.trajectory(model, prompt.expand(len(everything), -1), everything, in_this_order, B)
+        expected = (30_000 * log_p.exp() / orders).tolist()
+        bins += [(counts[tuple(y), order], e) for y, e in zip(everything.tolist(), expected)]
+    assert sum(e for _, e in bins) == pytest.approx(30_000, rel=1e-5), "all pairs together have probability 1"
+    common = [(o, e) for o, e in bins if e >= 5]
+    assert sum((o - e) ** 2 / e for o, e in common) < len(common) + 5 * (2 * len(common)) ** 0.5
+
 def test_temperature_divides_the_logits():
     """One token, 40,000 draws at T = 0.5 against softmax(logits/T): each frequency within 5 standard errors (1 in 4e5)."""
     model, prompt = tiny_model(), torch.tensor([[1, 3]])
@@ -343,7 +359,7 @@ def test_temperature_divides_the_logits():
 def test_confidence_order_reveals_the_surest_place_first():
     """Greedy decoding against a loop that recomputes the whole sequence at every step, without a cache."""
     model, (prompts, _), B = tiny_model(seed=4), batch(N=8, P=3), 3
-    fast = S.generate(model, prompts, 6, B, temperature=0.0, order="confidence")
+    fast, steps = S.generate(model, prompts, 6, B, temperature=0.0, order="confidence", return_steps=True)
     orders = set()
     for n in range(8):
         tokens = prompts[n].tolist() + [4] * 6
@@ -357,6 +373,7 @@ def test_confidence_order_reveals_the_surest_place_first():
                 order.append(place - start)
             tokens[: start + B] = seen
             orders.add(tuple(order))
+            assert [order.index(place) for place in range(B)] == steps[n, start - 3 : start - 3 + B].tolist()
         assert fast[n].tolist() == tokens[3:]
     assert len(orders) > 1, "the model must not make the order trivial"
 
@@ -421,8 +438,24 @@ def test_exact_values_equal_brute_force_over_all_orders(B):
     assert likelihood.tolist() == pytest.approx([e for _, e in expected], abs=1e-4)
     assert (bound < likelihood - 1e-3).all()
 
-def test_all_patterns_are_scored_however_many_passes_they_take():
-    """B = 5: 31 patterns in two passes, each against a pass of its own; B = 9 is refused."""
+@pytest.mark.parametrize("B", [1, 2, 3])
+def test_the_trajectory_is_the_product_along_the_order_and_its_mean_over_orders_is_the_likelihood(B):
+    """Every order of two blocks, each against a loop with a pass of its own per block and step."""
+    model, (prompts, completions), of_all_orders = tiny_model(), batch(N=1, P=6, L=2 * B), []
+    prompt, completion = prompts[0].tolist(), completions[0].tolist()
+    for orders in itertools.product(itertools.permutations(range(B)), repeat=2):  # orders[b][t]: the place of step t
+        expected = 0.0
+        for b, t in itertools.product(range(2), range(B)):
+            log_p = one_block_log_probs(model, prompt, completion, orders[b][t:], b, B)
+            expected += log_p[orders[b][t]]
+        steps = torch.tensor([[order.index(place) for order in orders for place in range(B)]])
+        of_all_orders.append(S.trajectory(model, prompts, completions, steps, B).item())
+        assert of_all_orders[-1] == pytest.approx(expected, abs=1e-4)
+    mean = statistics.mean(map(math.exp, of_all_orders))
+    assert math.log(mean) == pytest.approx(S.exact_log_likelihood(model, prompts, completions, B).item(), abs=1e-4)
+
+def test_patterns_are_all_ways_to_hide_something():
+    """B = 5: 31 patterns, some of them against a pass of their own; B = 7 is refused."""
     model, (prompts, completions) = tiny_model(), batch(N=1, P=5, L=5)
     patterns, log_p = S.every_pattern(model, prompts, completions, 5)
     assert patterns.tolist() == [[bool(s >> i & 1) for i in range(5)] for s in range(1, 32)]
@@ -431,8 +464,8 @@ def test_all_patterns_are_scored_however_many_passes_they_take():
         alone = one_block_log_probs(model, prompts[0].tolist(), completions[0].tolist(), hidden, 0, 5)
         assert log_p[0, s - 1, 0].tolist() == pytest.approx(alone, abs=1e-4)
     for likelihood in (S.exact_elbo, S.exact_log_likelihood):
-        with pytest.raises(AssertionError, match="block_size 9: at most 8"):
-            likelihood(model, *batch(N=1, P=9, L=9), 9)
+        with pytest.raises(AssertionError, match="block_size 7: at most 6"):
+            likelihood(model, *batch(N=1, P=7, L=7), 7)
 
 def test_mean_field_scores_fully_hidden_blocks():
     model, (prompts, completions) = tiny_model(), batch()
@@ -689,7 +722,7 @@ def test_all_policies_share_base_and_prompts(tmp_path, monkeypatch):
 
 def test_log_holds_settings_and_the_columns_that_readme_explains(tmp_path):
     ((settings, rows),) = run(tmp_path).values()
-    assert set(settings) == {field.name for field in dataclasses.fields(S.Config)} - {"out", "resume"} | {"run"}
+    assert set(settings) == {field.name for field in dataclasses.fields(S.Config)} - {"out", "resume"}
     assert [row["update"] for row in rows] == [2, 4]
     table = README[README.index("| column") :].split("\n\n")[0]
     cells = re.findall(r"^\| (`.*?`) \|", table, re.M)
@@ -734,7 +767,7 @@ def watch_batches(monkeypatch):
         result = answer(model, *a, **k)
         if k.get("samples"):
             state = {name: value.clone() for name, value in model.state_dict().items()}
-            batches.append((state, *result[:2]))
+            batches.append((state, result[0]["prompts"], result[0]["completions"]))
         return result
     monkeypatch.setattr(S, "answer", watched)
     return batches
@@ -765,9 +798,9 @@ def test_drift_is_the_kl_divergence_from_the_base_in_the_batch_that_was_sampled(
     assert rows[0]["drift"] == 0 and rows[1]["drift"] == pytest.approx(values[0] - values[1], abs=1e-4)
     assert abs(rows[1]["drift"]) > 1e-3
 
-@pytest.mark.parametrize("B", [8, 9])
-def test_noise_is_measured_for_blocks_of_at_most_8(B, tmp_path, monkeypatch):
-    """Exact likelihoods of 2^9 − 1 copies are not asked for: the columns are then missing."""
+@pytest.mark.parametrize("B", [6, 7])
+def test_noise_is_measured_for_blocks_of_at_most_6(B, tmp_path, monkeypatch):
+    """Exact likelihoods of 2^7 − 1 copies are not asked for: the columns are then missing."""
     task = types.SimpleNamespace(vocab="01", prompt_len=B, completion_len=B, block_size=B, defaults={})
     task.reward, task.sample = (lambda *_: 0.0), (lambda rng, n, split: (["0" * B] * n, None))
     monkeypatch.setitem(TASKS, "long", task)
@@ -775,7 +808,7 @@ def test_noise_is_measured_for_blocks_of_at_most_8(B, tmp_path, monkeypatch):
     config = S.Config(task="long", out=str(tmp_path), **sizes)
     with contextlib.redirect_stdout(io.StringIO()):
         _, (row,) = S.train(config, S.new_model(config).state_dict())
-    assert ("noise_std" in row) == ("drift" in row) == (B == 8)
+    assert ("noise_std" in row) == ("drift" in row) == (B == 6)
 
 def test_pretraining_stops_at_the_accuracy_asked_for_or_says_why_not(monkeypatch):
     config = S.Config(d_model=16, n_layer=1, n_head=2, base_accuracy=0.004)
@@ -795,9 +828,9 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_named(policy, poison, 
     """One likelihood of one sample, in update 4: never replaced by a number (a NaN that became 0 would be the largest
     weight of its group). The message names run and update; log and checkpoint are those of update 2."""
     calls, elbo = [], S.elbo
-    def poisoned(model, prompts, completions, masks, B):
+    def poisoned(*arguments, **named):
         calls.append(1)
-        values = elbo(model, prompts, completions, masks, B)
+        values = elbo(*arguments, **named)
         return torch.where(torch.arange(len(values)) == 3, poison, values) if len(calls) == 7 else values
     monkeypatch.setitem(S.ESTIMATORS, "elbo", poisoned)  # once in `check`, then old, new, new in each batch
     with pytest.raises(SystemExit) as stop, mock.patch.object(TASKS["addition"], "reward", dense_reward):
@@ -925,7 +958,7 @@ def test_resume_goes_on_with_what_is_begun_begins_the_rest_and_keeps_the_base(tm
 
 def test_resume_is_exact_for_estimators_and_losses_that_draw_from_the_global_stream(tmp_path, monkeypatch):
     """As the recipe `spikes` of README does: stopped after the first line and resumed, it is the same run."""
-    noisy = lambda *a: S.elbo(*a) * (1 + torch.rand(len(a[2])))
+    noisy = lambda model, **named: S.elbo(model, **named) * (1 + torch.rand(len(named["completions"])))
     monkeypatch.setitem(S.ESTIMATORS, "noisy", noisy)
     policy, save = "--loss stabledrl --estimator noisy", S.save
     run(tmp_path / "whole", policy=policy)
@@ -1005,7 +1038,7 @@ BAD_INPUT = {"--lerning_rate 1": "unrecognized arguments", "--updates ten": "--u
     "--masks none": "--masks: invalid choice", "--device tpu": "tpu", "--loss": "expected at least one argument",
     "--clip_eps -1": "--clip_eps, --max_grad_norm and --seed", "--clip_eps nan": "--clip_eps, --max_grad_norm and",
     "--max_grad_norm -1": "--clip_eps, --max_grad_norm and --seed", "--seed -1": "--clip_eps, --max_grad_norm and --seed",
-    "--block_size 3": "(4,) are no multiples of block_size 3",
+    "--block_size 3": "lengths (6, 4) must be multiples of block_size 3",
     "--d_model 30": "d_model 30 is no multiple of 2·4 heads", "--mu 3": "--log_every must be a multiple of --mu",
     "--out /dev/null/x": "/dev/null/x", "--updates 30": "--updates must be a multiple of --log_every"}
 for name in "block_size n_layer n_head copies prompts group_size mu updates log_every".split():
@@ -1025,14 +1058,19 @@ def test_bad_input_is_one_clear_line_and_status_2(flags, tmp_path, monkeypatch, 
 
 def test_what_does_not_fit_is_refused_before_any_work_whoever_registered_it(tmp_path, monkeypatch, capsys):
     """Estimators that need all patterns, by any name; one that merely has "exact" in its name; one of the wrong shape."""
-    task = types.SimpleNamespace(vocab="01", prompt_len=9, completion_len=9, block_size=9, defaults={})
+    task = types.SimpleNamespace(vocab="01", prompt_len=7, completion_len=7, block_size=7, defaults={})
+    task.reward, task.sample = (lambda *_: 0.0), (lambda rng, n, split: (["0" * 7] * n, None))
     monkeypatch.setitem(TASKS, "long", task)
     monkeypatch.setitem(S.MASKS, "mine", S.coupled_masks)
     monkeypatch.setitem(S.ESTIMATORS, "inexact", S.elbo)
     monkeypatch.setitem(S.ESTIMATORS, "mine", S.ESTIMATORS["exact"])
-    monkeypatch.setitem(S.ESTIMATORS, "per_token", lambda *a: S.token_log_probs(*a)[:, 0])
+    per_token = lambda model, prompts, completions, masks, block_size, **unused: S.token_log_probs(
+        model, prompts, completions, masks, block_size)[:, 0]
+    monkeypatch.setitem(S.ESTIMATORS, "per_token", per_token)
+    monkeypatch.setitem(S.ESTIMATORS, "no_keywords", lambda model, prompts, completions: S.elbo)
     assert S.parse(f"--task long --estimator inexact --out {tmp_path}".split())
-    refused = {f"--task long --estimator {name}": "block_size 9: at most 8" for name in ("exact", "exact_elbo", "mine")}
+    refused = {f"--task long --estimator {name}": "block_size 7: at most 6" for name in ("exact", "exact_elbo", "mine")}
+    refused["--estimator no_keywords"] = "unexpected keyword argument"
     refused |= {"--estimator per_token": "must have shape (N,), not [2, 4]", "--masks mine": "must be even, not 1"}
     for flags, words in refused.items():
         with pytest.raises(SystemExit) as stop:
@@ -1058,8 +1096,8 @@ def test_no_flags_mean_the_main_job(tmp_path, monkeypatch):
     assert rest[0] == rest[1] == rest[2] and rest[0]["updates"] >= 1200 and rest[0]["masks"] == "independent"
     assert not rest[0]["shared_masks"]
     product = S.parse("--loss grpo stabledrl --estimator exact mean_field --seed 3 4 --seed 3 4".split())
-    names = itertools.product((3, 4), ("grpo", "stabledrl"), ("exact", "mean_field"))
-    assert [(c.seed, c.loss, c.estimator) for c in product] == list(names)
+    names = itertools.product(("grpo", "stabledrl"), ("exact", "mean_field"), (3, 4))
+    assert [(c.loss, c.estimator, c.seed) for c in product] == list(names)
     assert len(S.parse("--loss grpo --lr 1e-4 1e-4 2e-4".split())) == 2, "each run once"
 
 def test_a_run_is_named_by_all_that_differs_from_the_defaults(tmp_path):
