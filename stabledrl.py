@@ -43,6 +43,7 @@ Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
   G      group_size              completions per prompt
   K      copies                  copies of y with random tokens hidden ("noisy copies") per estimate
          masks        (N, K, L)  True where a copy has the token [MASK] in place of its own
+         steps        (N, L)     at which step of its block, 0..B−1, a place was written
   m      m                       how many tokens of a block are hidden, 1..B
   L̂_θ    log_prob     (N,)       estimate of log π_θ(y|q) in nats (natural logarithm)
   log ρ̂  log_ratio    (N,)       L̂_θ − L̂_old: one number per completion, not one per token
@@ -160,7 +161,8 @@ class BlockDiffusionTransformer(nn.Module):
 def check_lengths(block_size, *lengths):
     """AssertionError unless all are multiples: training and sampling would cut different blocks."""
     for length in lengths:
-        assert length % block_size == 0, f"lengths {lengths} must be multiples of block_size {block_size}"
+        assert length % block_size == 0, (
+            f"lengths {lengths} must be multiples of block_size {block_size}")
 
 def block_causal_mask(length, block_size, device=None):
     """(length, length) bool, True = the row may look at the column: at its own block and all before
@@ -333,9 +335,10 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
     return (completions, steps) if return_steps else completions
 
 # ==== §5  The exact answers =======================================================================
-# What it teaches: what L̂ is an estimate *of*, what the truth costs, and what exp makes of noise. A
-# block can be hidden in only 2^B − 1 ways: 3 for B = 2. With a noisy copy for each, a weighted sum
-# of the log p is the ELBO without noise, and a sum over all ways to write the block is π itself.
+# What it teaches: what L̂ is an estimate *of*, what the truth costs, what exp makes of noise, and
+# how a ratio can do without. A block can be hidden in only 2^B − 1 ways: 3 for B = 2. With a noisy
+# copy for each, a weighted sum of the log p is the ELBO without noise, and a sum over all ways to
+# write the block is π itself.
 #
 # Where noise comes from. Say one of two tokens is certain and the other has p = 0.01, log p = −4.6,
 # whatever is visible. With the weight B/m, L̂ of this block is
@@ -350,6 +353,13 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # and a few huge ones make that average. K copies lower σ as 1/√K, coupled masks lower it more. If
 # L̂_θ uses the masks of L̂_old again (--shared_masks), η nearly cancels, though g stays as noisy.
 # The other error, the *bias* log π − ELBO, hardly moves in one update, and cancels in the ratio.
+#
+# A ratio without noise. What the sampler draws is a completion *and* the order in which it is
+# written. The probability of both is a plain product over the steps: p(token | what was visible
+# then), times the probability of the order, which does not depend on θ. `trajectory` computes it
+# with a noisy copy per step: B of them, not 2^B − 1. Nothing is drawn, so its ratio is exactly 1 at
+# θ = θ_old. It is not ρ, but the ratio of a finer event, and ρ is its mean over the orders that the
+# old policy may have taken to y. So it weighs as rightly as ρ: E_old[ratio·f(y)] = E_θ[f(y)].
 
 MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies are still affordable
 
@@ -563,7 +573,8 @@ def pretrain(config):
     task, B = TASKS[config.task], config.block_size
     model = new_model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    rng, masking = np.random.default_rng([config.seed, 0]), stream(config, "pretrain")
+    rng = np.random.default_rng([config.seed, 0])
+    masking = stream(config, "pretrain")
     for update in tqdm(range(2001), disable=None):
         if update % 10 == 0 and accuracy(model, task, B) >= config.base_accuracy:
             return model
@@ -585,7 +596,8 @@ def train(config, base):
     G, mu = config.group_size, config.mu
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
-    model, base_model = new_model(config, base), new_model(config, base)
+    model = new_model(config, base)
+    base_model = new_model(config, base)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99))
     rows = restore(config, model, optimizer)
     began = time.perf_counter()
@@ -599,7 +611,8 @@ def train(config, base):
         torch.manual_seed(config.seed + done)  # for losses and estimators of your own
         rng = np.random.default_rng([config.seed, 1, done])
         texts, _ = task.sample(rng, config.prompts, "train")
-        sampling, masking = stream(config, f"samples {done}"), stream(config, f"masks {done}")
+        sampling = stream(config, f"samples {done}")
+        masking = stream(config, f"masks {done}")
         batch, rewards = answer(model, task, texts, B, samples=G, generator=sampling)
         advantages = group_advantages(rewards, G)
         recent["reward"].append(rewards.mean().item())
@@ -768,7 +781,8 @@ def base_policy(config):
 def check(config):
     """An error, whose text is one line, for what cannot work: masks and estimate are tried once, on
     two completions, before any work is done."""
-    task, B, model = TASKS[config.task], config.block_size, new_model(config)
+    task, B = TASKS[config.task], config.block_size
+    model = new_model(config)
     texts, _ = task.sample(np.random.default_rng(0), 2, "train")
     generator = stream(config, "check")
     batch, _ = answer(model, task, texts, B, generator=generator)
