@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 from unittest import mock
@@ -107,19 +108,16 @@ GRIDS = {  # a grid is a list of products
         {"loss": BOTH, "shared_masks": [1], **PAIR, **SHORT}],
     "blocks_sudoku": [{**SUDOKU, "block_size": [1, 2, 4], **SHORT}],
     "reuse": wind_tunnel(8),
-    "parts": [
-        {"loss": ["grpo", "stabledrl", "clip_only", "norm_only", "no_ratio", "dual_clip"], "mu": [2, 8],
-         "updates": [600], "seed": FIVE},
-        {"loss": ["stabledrl"], "clip_eps": [0.2, 1.0, 100.0, 1000.0], "mu": [2, 8], "updates": [600], "seed": FIVE}],
     "spikes": [{"loss": [f"spiked_{name}" for name in ("grpo", "stabledrl", "clip_only", "norm_only", "no_ratio")],
                 "shared_masks": [1], **SHORT}],
     "release": [{"loss": ["stabledrl"], "estimator": ["mean_over_masked"], "clip_eps": [4.0], "copies": [2],
                  "max_grad_norm": [0.2], "mu": [2, 8], **SHORT}],
-    "eight_copies": [
-        {"mu": [2, 8], "loss": OBJECTIVES, "copies": [8], **SHORT},
-        {"mu": [2, 8], "loss": ["stabledrl"], "clip_eps": [1.0], "copies": [8], **SHORT}],
-    "epsilon_4": [
-        {"mu": [2, 8], "loss": ["stabledrl"], "clip_eps": [4.0], **ratio, **SHORT} for ratio in RATIOS],
+    "epsilon_4": [{"mu": [2, 8], "loss": ["stabledrl"], "clip_eps": [4.0], **SHORT}],
+    "eight_copies": [{"loss": BOTH, "copies": [8], **SHORT}],
+    "parts": [
+        {"loss": ["grpo", "stabledrl", "clip_only", "norm_only", "no_ratio", "dual_clip"], "mu": [2, 8],
+         "updates": [600], "seed": FIVE},
+        {"loss": ["stabledrl"], "clip_eps": [0.2, 1.0, 100.0, 1000.0], "mu": [2, 8], "updates": [600], "seed": FIVE}],
     "tasks": [
         {"task": ["chain"], "base_accuracy": [0.6], "lr": [3e-5], "loss": BOTH, **PAIR, **SHORT},
         {"task": ["countdown"], "base_accuracy": [0.2], "d_model": [96], "prompts": [16], "lr": [3e-5], "loss": BOTH,
@@ -181,14 +179,16 @@ def base_reward(config, known={}):
     return values[name]["reward"]
 
 def keep():
-    """Finished runs into the kept lines."""
+    """Finished runs into the kept lines, each into those of the first grid that has it."""
+    elsewhere = set()
     for grid in GRIDS:
-        lines = kept(grid)
+        lines = {name: line for name, line in kept(grid).items() if name not in elsewhere}
         for config in configs_of(grid):
             name = S.run_name(config)
-            if name not in lines and (S.run_folder(config) / "log.jsonl").exists():
+            if name not in lines and name not in elsewhere and (S.run_folder(config) / "log.jsonl").exists():
                 line = line_of(config, base_reward(config))
                 lines |= {name: line} if line else {}
+        elsewhere |= lines.keys()
         if lines:
             order = [S.run_name(config) for config in configs_of(grid) if S.run_name(config) in lines]
             (HERE / f"{grid}.jsonl").write_text("".join(json.dumps(lines[name]) + "\n" for name in order))
@@ -210,10 +210,347 @@ def measure(grids):
                 S.run_folder(config).mkdir(exist_ok=True)
                 (S.run_folder(config) / "failed").touch()
 
+# ---- Price list of estimators ---------------------------------------------------------------------------------------------
+
+PRICES = {  # name -> estimator, how masks are drawn, copies, shared or not
+    "K = 1": ("elbo", "independent", 1, False), "K = 2": ("elbo", "independent", 2, False),
+    "K = 4": ("elbo", "independent", 4, False), "K = 8": ("elbo", "independent", 8, False),
+    "coupled, K = 2": ("elbo", "coupled", 2, False), "coupled, K = 4": ("elbo", "coupled", 4, False),
+    "shared, K = 1": ("elbo", "independent", 1, True), "coupled and shared, K = 2": ("elbo", "coupled", 2, True),
+    "per token, K = 1": ("elbo", "independent", 1, False), "mean field": ("mean_field", "independent", 1, False),
+    "trajectory": ("trajectory", "independent", 1, False), "exact ELBO": ("exact_elbo", "independent", 1, False),
+    "exact": ("exact", "independent", 1, False)}
+LATER = {"loss": "grpo", "estimator": "exact", "mu": 8, "updates": 8, "log_every": 8}  # the policy that is compared
+PRICE_SETTINGS = {"addition": {}, "sudoku": {"task": "sudoku", "base_accuracy": 0.6, "prompts": 16, "lr": 3e-5}}
+
+@torch.no_grad()
+def price(name, base, later, batch, masking):
+    """-> tokens read per completion, and three standard deviations in nats, over the completions of the base policy: of
+    log ρ̂ where nothing has been trained; of log ρ̂ − log ρ between base and later policy; of L̂ − log π."""
+    kind, masks, copies, shared = PRICES[name]
+    (N, L), B = batch["completions"].shape, batch["block_size"]
+    draw = lambda: S.MASKS[masks](N, copies, L, B, masking)
+    estimate = lambda model, masks: S.ESTIMATORS[kind](model, masks=masks, **batch)
+    truth_base, truth_later = (S.exact_log_likelihood(model, **batch) for model in (base, later))
+    old_masks = draw()
+    old, masks = estimate(base, old_masks), old_masks if shared else draw()
+    unit = L if name.startswith("per token") else 1
+    copies = {"mean_field": 1, "trajectory": B, "exact_elbo": 2**B - 1, "exact": 2**B - 1}.get(kind, copies)
+    noises = {
+        "same": estimate(base, masks) - old,
+        "later": estimate(later, masks) - old - (truth_later - truth_base),
+        "estimate": old - truth_base}
+    return {"tokens": L * (1 + copies)} | {k: short((v / unit).std(correction=0).item()) for k, v in noises.items()}
+
+def measure_prices():
+    """All prices on addition with B = 2 and sudoku with B = 4, three seeds, 1,000 completions each, into prices.json."""
+    found = {}
+    for task_name, settings in PRICE_SETTINGS.items():
+        for seed in SEEDS:
+            config = S.Config(**settings, **LATER, seed=seed, out=OUT, resume=1)
+            task, weights = S.TASKS[config.task], S.base_policy(config)
+            base, (later, _) = S.new_model(config, weights), S.train(config, weights)
+            texts, _ = task.sample(np.random.default_rng(2), 1_000, "train")
+            batch, _ = S.answer(base, task, texts, config.block_size, generator=S.stream(config, "prices"))
+            for name in PRICES:
+                values = price(name, base, later, batch, S.stream(config, f"prices {name}"))
+                row = found.setdefault(task_name, {}).setdefault(name, {"tokens": values.pop("tokens")})
+                for key, value in values.items():
+                    row.setdefault(key, []).append(value)
+    (HERE / "prices.json").write_text(json.dumps(found, indent=1) + "\n")
+
+# ---- Tables -----------------------------------------------------------------------------------------------------------------
+
+class Kept:
+    """All kept lines, by the settings of a run."""
+    def __init__(self):
+        self.lines = everything_kept()
+
+    def of(self, seeds=SEEDS, **settings):
+        """The kept lines with these settings, defaults otherwise, seed by seed."""
+        names = (S.run_name(S.Config(**settings, seed=seed)) for seed in seeds)
+        return [self.lines[name] for name in names if name in self.lines]
+
+    def times(self, seeds=SEEDS, **settings):
+        """The last reward over that of the base, seed by seed."""
+        return [times(line) for line in self.of(seeds, **settings)]
+
+    def cell(self, seeds=SEEDS, **settings):
+        """As a cell of a table."""
+        lines = self.of(seeds, **settings)
+        return spread_of([times(line) for line in lines]) + " †" * any(line["failed"] for line in lines)
+
+def times(line):
+    return (line["reward"] or [0.0])[-1] / line["base"]
+
+def spread_of(values, form="{:.2f}"):
+    """mean ± standard deviation."""
+    if not values:
+        return ""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{form.format(statistics.mean(values))} ± {form.format(deviation)}"
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+RATIO_ROWS = {
+    "one copy, independent masks (the main job)": {},
+    "`--copies 2`": {"copies": 2}, "`--copies 4`": {"copies": 4}, "`--copies 8`": {"copies": 8},
+    "`--masks coupled --copies 2`": {"masks": "coupled", "copies": 2},
+    "`--shared_masks`": {"shared_masks": 1},
+    "`--shared_masks --masks coupled --copies 2`": {"shared_masks": 1, "masks": "coupled", "copies": 2},
+    "`--estimator trajectory`": {"estimator": "trajectory"}, "`--estimator mean_field`": {"estimator": "mean_field"},
+    "`--estimator exact_elbo`": {"estimator": "exact_elbo"}, "`--estimator exact`": {"estimator": "exact"}}
+TUNNEL = {  # name in tables and figure -> settings
+    "GRPO": {"loss": "grpo"}, "StableDRL, ε = 5": {"loss": "stabledrl"},
+    "StableDRL, ε = 4": {"loss": "stabledrl", "clip_eps": 4.0}, "StableDRL, ε = 1": {"loss": "stabledrl", "clip_eps": 1.0},
+    "CISPO (`clip_only`)": {"loss": "clip_only"}, "dual clip": {"loss": "dual_clip"},
+    "GSPO, ESPO (per token)": {"loss": "per_token"}, "no ratio (SPG)": {"loss": "no_ratio"}, "wd1": {"loss": "wd1"}}
+AIRS = {  # the wind tunnel's noises: name in PRICES -> settings
+    "exact": {"estimator": "exact"}, "coupled, K = 2": {"masks": "coupled", "copies": 2}, "K = 8": {"copies": 8},
+    "K = 4": {"copies": 4}, "K = 2": {"copies": 2}, "K = 1": {}}
+
+def prices():
+    return json.loads((HERE / "prices.json").read_text())
+
+def noise_of(name):
+    """Noise in nats of an estimator at the base policies of addition."""
+    return statistics.mean(prices()["addition"][name]["same"])
+
+def median_of(lines, column):
+    return [statistics.median(line[column]) for line in lines if line[column]]
+
+def main_table(runs):
+    rows = []
+    policies = {"GRPO, estimate": ("grpo", "elbo"), "GRPO, exact ratio": ("grpo", "exact"),
+                "StableDRL, estimate": ("stabledrl", "elbo")}
+    for name, (loss, estimator) in policies.items():
+        lines = runs.of(FIVE, loss=loss, estimator=estimator)
+        rows.append([
+            name, f"**{spread_of([times(line) for line in lines])}**", " / ".join(f"{times(line):.2f}" for line in lines),
+            spread_of([line["reward"][-1] for line in lines], "{:.3f}"),
+            spread_of([line["accuracy"][-1] for line in lines], "{:.3f}"),
+            spread_of(median_of(lines, "noise_std"), "{:.1f}")])
+    return table(["policy", "times the base", "each seed", "reward", "accuracy", "noise, nats"], rows)
+
+def lr_table(runs):
+    rates = [5e-5, 1e-4, 2e-4, 4e-4]
+    rows = [[name] + [runs.cell(loss=loss, lr=rate, updates=600) for rate in rates]
+            for name, loss in (("GRPO", "grpo"), ("StableDRL", "stabledrl"))]
+    return table(["600 updates"] + [f"{rate:.0e}".replace("e-0", "e-") for rate in rates], rows)
+
+BLOCKS = [("addition", B, {"updates": 600, "seeds": FIVE}) for B in (1, 2)]
+BLOCKS += [("sudoku", B, {**PRICE_SETTINGS["sudoku"], "updates": 600}) for B in (1, 2, 4)]
+
+def blocks_table(runs):
+    rows = []
+    for task, B, settings in BLOCKS:
+        grpo, stable = (runs.of(loss=loss, block_size=B, **settings) for loss in BOTH)
+        rows.append([
+            f"{task}, B = {B}", spread_of([line["base"] for line in grpo], "{:.3f}"),
+            spread_of([line["spread"][0] for line in stable], "{:.1f}"),
+            " / ".join(f"{line['spread'][-1]:.1f}" for line in grpo),
+            " / ".join(f"{line['spread'][-1]:.1f}" for line in stable),
+            f"{max(max(line['ratio_max']) for line in grpo + stable):.0e}" if grpo else "",
+            runs.cell(loss="grpo", block_size=B, **settings), runs.cell(loss="stabledrl", block_size=B, **settings)])
+    return table(["", "base reward", "noise, first 40 updates", "noise at the end, GRPO, by seed", "StableDRL, by seed",
+                  "largest ρ̂", "GRPO", "StableDRL"], rows)
+
+def loop_table(runs):
+    """Does noise grow with drift?"""
+    rows = []
+    for task, B, settings in BLOCKS:
+        for name, loss in (("GRPO", "grpo"), ("StableDRL", "stabledrl")):
+            lines = [line for line in runs.of(loss=loss, block_size=B, **settings) if len(line["drift"]) > 2]
+            if B > 1 and lines:
+                rows.append([
+                    f"{task}, B = {B}, {name}", " / ".join(f"{max(line['drift']):.1f}" for line in lines),
+                    " / ".join(f"{line['spread'][0]:.1f} → {line['spread'][-1]:.1f}" for line in lines),
+                    " / ".join(f"{statistics.correlation(line['drift'], line['spread']):+.2f}" for line in lines)])
+    return table(["by seed", "largest drift, nats", "noise, first → last line", "correlation of noise and drift"], rows)
+
+def ratio_table(runs):
+    rows = []
+    for name, settings in RATIO_ROWS.items():
+        lines = runs.of(loss="grpo", updates=600, **settings)
+        rows.append([name, spread_of(median_of(lines, "noise_std"), "{:.2f}"),
+                     runs.cell(loss="grpo", updates=600, **settings), runs.cell(loss="stabledrl", updates=600, **settings)])
+    return table(["how the ratio is estimated", "noise under GRPO, nats", "GRPO", "StableDRL"], rows)
+
+def price_table(runs):
+    rows = []
+    for name in PRICES:
+        row = [name]
+        for task in PRICE_SETTINGS:
+            found = prices()[task][name]
+            row += [str(found["tokens"])] + [f"{statistics.mean(found[key]):.2f}" for key in ("same", "later", "estimate")]
+        rows.append(row)
+    head = ["tokens read", "noise at θ = θ_old", "after 8 updates", "L̂ − log π"]
+    return table([""] + [f"addition, B = 2: {head[0]}"] + head[1:] + [f"sudoku, B = 4: {head[0]}"] + head[1:], rows)
+
+def tunnel_table(mu):
+    def made(runs):
+        rows = [[name] + [runs.cell(mu=mu, updates=600, **settings, **air) for air in AIRS.values()]
+                for name, settings in TUNNEL.items()]
+        return table([f"μ = {mu}"] + [f"{air}: {noise_of(air):.1f} nats" for air in AIRS], rows)
+    return made
+
+PARTS = {"`no_ratio`, ε = 0": {"loss": "no_ratio"}}
+PARTS |= {f"StableDRL, ε = {eps:,g}": {"loss": "stabledrl", "clip_eps": eps} for eps in (0.2, 1.0, 5.0, 100.0, 1000.0)}
+PARTS |= {"`norm_only`, ε = ∞": {"loss": "norm_only"}, "`clip_only`, ε = 5, divided by G": {"loss": "clip_only"},
+          "dual clip": {"loss": "dual_clip"}, "GRPO": {"loss": "grpo"}}
+
+def parts_table(runs):
+    rows = []
+    for name, settings in PARTS.items():
+        row = [name]
+        for mu in (2, 8):
+            stable = runs.times(FIVE, loss="stabledrl", mu=mu, updates=600)
+            behind = [b - a for a, b in zip(stable, runs.times(FIVE, mu=mu, updates=600, **settings))]
+            row += [runs.cell(FIVE, mu=mu, updates=600, **settings), spread_of(behind, "{:+.2f}").replace("± +", "± ")]
+        rows.append(row)
+    return table(["", "μ = 2", "against StableDRL, seed by seed", "μ = 8", "against StableDRL, seed by seed"], rows)
+
+def spikes_table(runs):
+    names = ["grpo", "norm_only", "clip_only", "stabledrl", "no_ratio"]
+    row = [runs.cell(loss=f"spiked_{name}", shared_masks=1, updates=600) for name in names]
+    return table(["", *names], [["times the base", *row]])
+
+def release_table(runs):
+    settings = dict(estimator="mean_over_masked", clip_eps=4.0, copies=2, max_grad_norm=0.2, updates=600)
+    row = [runs.cell(loss="stabledrl", mu=mu, **settings) for mu in (2, 8)]
+    return table(["", "μ = 2", "μ = 8"], [["the release's conventions", *row]])
+
+def tasks_table(runs):
+    rows = []
+    for product in GRIDS["tasks"]:
+        settings = {name: values[0] for name, values in product.items() if name not in ("loss", "seed")}
+        lines = runs.of(loss="grpo", **settings)
+        rows.append([settings["task"], spread_of([line["base"] for line in lines], "{:.3f}"),
+                     spread_of(median_of(lines, "noise_std"), "{:.1f}"), runs.cell(loss="grpo", **settings),
+                     runs.cell(loss="stabledrl", **settings)])
+    return table(["600 updates", "base reward", "noise under GRPO, nats", "GRPO", "StableDRL"], rows)
+
+def trust_table(runs):
+    rows = []
+    for name, loss in (("GRPO", "grpo"), ("StableDRL", "stabledrl")):
+        for eps in (0.2, 5.0):
+            common = dict(loss=loss, clip_eps=eps, masks="coupled", copies=2, updates=600)
+            rows.append([f"{name}, ε = {eps:g}"] + [
+                runs.cell(mu=mu, lr=lr, **common) for mu in (2, 8) for lr in (1e-4, 2e-4, 4e-4)])
+    head = [f"μ = {mu}, {lr:g}" for mu in (2, 8) for lr in (1e-4, 2e-4, 4e-4)]
+    return table(["one coupled pair", *head], rows)
+
+TABLES = {
+    "main": main_table, "lr": lr_table, "blocks": blocks_table, "loop": loop_table, "ratio": ratio_table,
+    "prices": price_table, "tunnel 2": tunnel_table(2), "tunnel 8": tunnel_table(8), "parts": parts_table,
+    "spikes": spikes_table, "release": release_table, "tasks": tasks_table, "trust": trust_table}
+
+def page_with_tables(page):
+    """The page's text with every table between its markers made anew from the kept lines."""
+    runs = Kept()
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if begin in page:
+            before, rest = page.split(begin, 1)
+            page = before + begin + make(runs) + end + rest.split(end, 1)[1]
+    return page
+
+# ---- Figures ----------------------------------------------------------------------------------------------------------------
+
+FIGURES = HERE.parent / "figures"
+COLOURS = {"grpo": "tab:red", "stabledrl": "tab:blue"}
+
+def band(axis, x, series, label, alpha=0.15, **style):
+    """Mean over seeds as a line, one standard deviation to either side as a band."""
+    middle = [statistics.mean(values) for values in series]
+    half = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in series]
+    (line,) = axis.plot(x, middle, label=label, **style)
+    lower, upper = [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)]
+    axis.fill_between(x, lower, upper, color=line.get_color(), alpha=alpha, linewidth=0)
+
+def draw_blocks(plt, runs):
+    figure, axes = plt.subplots(2, 4, figsize=(9, 4.6), layout="constrained")
+    for row, task in zip(axes, PRICE_SETTINGS):
+        noises = {loss: [] for loss in BOTH}
+        for axis, B in zip(row, (1, 2, 4)):
+            settings = dict(PRICE_SETTINGS[task], updates=600, block_size=B, seeds=FIVE)
+            if task == "addition" and B == 4:
+                axis.axis("off")
+                axis.text(0.5, 0.5, "prompts have\n6 places: no\nblocks of 4", ha="center", va="center")
+                continue
+            for loss in BOTH:
+                lines = runs.of(loss=loss, **settings)
+                if lines:
+                    updates = range(40, 601, 40)
+                    rewards = [[(line["reward"] + [0.0] * 15)[i] for line in lines] for i in range(15)]
+                    band(axis, updates, rewards, {"grpo": "GRPO", "stabledrl": "StableDRL"}[loss], color=COLOURS[loss])
+                    noises[loss].append((B, statistics.mean(line["spread"][0] for line in lines),
+                                         statistics.mean(line["spread"][-1] for line in lines)))
+                    axis.axhline(statistics.mean(line["base"] for line in lines), color="grey", linestyle=":")
+            axis.set(title=f"{task}, B = {B}" + " (a GPT)" * (B == 1), xlabel="update", ylim=(0, None))
+        for loss in BOTH:
+            B, first, last = zip(*noises[loss]) if noises[loss] else ((), (), ())
+            row[3].plot(B, last, "o-", color=COLOURS[loss], label=None)
+        row[3].set(title="noise of log ρ̂, nats", xlabel="B", xticks=[1, 2, 4], ylim=(-0.2, None))
+        row[0].set_ylabel("reward")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.savefig(FIGURES / "blocks.svg")
+
+def draw_tunnel(plt, runs):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
+    x_of = {name: noise_of(name) for name in AIRS}
+    styles = dict(zip(TUNNEL, ["o-", "s-", "s--", "s:", "^-", "D-", "v-", "x--", "+--"]))
+    colours = dict(zip(TUNNEL, ["tab:red", "tab:blue", "tab:blue", "tab:blue", "tab:cyan", "tab:green", "tab:orange",
+                                "black", "grey"]))
+    for axis, mu in zip(axes, (2, 8)):
+        for name, settings in TUNNEL.items():
+            if name != "StableDRL, ε = 4":  # lies on ε = 5
+                points = {air: runs.times(mu=mu, updates=600, **settings, **AIRS[air]) for air in AIRS}
+                points = {x_of[air]: values for air, values in points.items() if values}
+                alpha = 0.15 if name in ("GRPO", "StableDRL, ε = 5") else 0  # the bands of the others lie on each other
+                band(axis, list(points), list(points.values()), name.replace("`", ""), alpha, color=colours[name],
+                     marker=styles[name][0], linestyle=styles[name][1:], markersize=5)
+        axis.axhline(1, color="grey", linestyle=":", linewidth=1)
+        axis.set(title=f"μ = {mu} updates per batch", xlabel="noise of log ρ̂ at the base policy, nats", ylim=(0, None))
+    axes[0].set_ylabel("reward after 600 updates, times the base")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.savefig(FIGURES / "tunnel.svg")
+
+def draw_prices(plt, runs):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
+    for axis, (task, title) in zip(axes, (("addition", "addition, B = 2"), ("sudoku", "sudoku, B = 4"))):
+        for name, found in prices()[task].items():
+            x, y = found["tokens"], max(statistics.mean(found["later"]), 0.01)  # the exact ratio: at the lower edge
+            axis.plot(x, y, "o", color="tab:red" if name == "trajectory" else "tab:blue")
+            down = {"coupled, K = 2": 10, "coupled, K = 4": 9, "shared, K = 1": 9, "mean field": 12}.get(name, 2)
+            axis.annotate(name, (x, y), xytext=(5, -down), textcoords="offset points", fontsize=8)
+        ticks = sorted({found["tokens"] for found in prices()[task].values()})
+        axis.set(title=title, xlabel="tokens read per completion", xscale="log", yscale="log")
+        axis.set(xlim=(ticks[0] * 0.9, ticks[-1] * 1.9), ylim=(0.008, 12))
+        axis.set_xticks(ticks, ticks)
+        axis.set_yticks([0.01, 0.1, 1, 10], ["0", "0.1", "1", "10"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("noise of log ρ̂ after 8 updates, nats")
+    figure.savefig(FIGURES / "prices.svg")
+
+def draw():
+    """All figures, from the kept lines."""
+    import matplotlib
+    matplotlib.rcParams |= {"svg.hashsalt": "stabledrl", "font.size": 9}
+    import matplotlib.pyplot as plt
+    for make in (draw_blocks, draw_tunnel, draw_prices):
+        make(plt, Kept())
+
 def main(arguments):
     if arguments != ["--page"]:
         measure(arguments or GRIDS)
+        measure_prices()
     keep()
+    page = HERE / "README.md"
+    page.write_text(page_with_tables(page.read_text()))
+    draw()
 
 if __name__ == "__main__":
     main(sys.argv[1:])
