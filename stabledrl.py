@@ -382,8 +382,7 @@ def every_pattern(model, prompts, completions, block_size):
     return patterns, log_p.unflatten(-1, (-1, B))
 
 def exact_elbo(model, prompts, completions, block_size, **unused):
-    """The mean of `elbo` over all masks of `sample_masks`, each with its probability (N,): no
-    noise."""
+    """The mean of `elbo` over all masks that `sample_masks` may draw, weighted (N,): no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
     # probability 1/B for the count m, 1/C(B,m) for the pattern; times the weight B/m of the ELBO
     weights = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
@@ -677,8 +676,7 @@ def save(config, model, optimizer, rows):
     save_as(folder / "checkpoint.pt", state)
 
 def save_as(path, state):
-    """Write a file under another name, then rename it: who is killed meanwhile leaves the old
-    one."""
+    """Write a file under another name, then rename it: a kill meanwhile leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:

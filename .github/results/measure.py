@@ -84,14 +84,14 @@ OBJECTIVES = ["grpo", "stabledrl", "clip_only", "dual_clip", "per_token", "no_ra
 SHORT = {"updates": [600], "seed": SEEDS}
 PAIR = {"masks": ["coupled"], "copies": [2]}
 SUDOKU = {"task": ["sudoku"], "base_accuracy": [0.6], "prompts": [16], "lr": [3e-5], "loss": BOTH}
-RATIOS = [{}, PAIR, {"estimator": ["exact"]}, {"copies": [2]}, {"copies": [4]}]  # from 1.8 nats of noise to none
+RATIOS = [{}, PAIR, {"estimator": ["exact"]}, {"copies": [2]}]  # 1.9, 0.3, 0 and 1.3 nats of noise
 
-def wind_tunnel(mu):
+def wind_tunnel(mu, ratios):
     """Every objective at every noise."""
     common = {"mu": [mu], **SHORT}
     return [
         product
-        for ratio in RATIOS
+        for ratio in ratios
         for product in (
             {"loss": OBJECTIVES, **ratio, **common}, {"loss": ["stabledrl"], "clip_eps": [1.0], **ratio, **common})]
 
@@ -101,23 +101,22 @@ GRIDS = {  # a grid is a list of products
         {"loss": ["stabledrl"], "seed": FIVE}],
     "blocks": [{"block_size": [1, 2], "loss": BOTH, "updates": [600], "seed": FIVE}],
     "lr": [{"loss": BOTH, "lr": [5e-5, 1e-4, 2e-4, 4e-4], **SHORT}],
-    "tunnel": wind_tunnel(2),
+    "tunnel": wind_tunnel(2, [*RATIOS, {"copies": [4]}]),
     "ratio": [
         {"loss": BOTH, "estimator": ["trajectory", "mean_field", "exact_elbo"], **SHORT},
         {"loss": BOTH, "shared_masks": [1], **SHORT},
         {"loss": BOTH, "shared_masks": [1], **PAIR, **SHORT}],
     "blocks_sudoku": [{**SUDOKU, "block_size": [1, 2, 4], **SHORT}],
-    "reuse": wind_tunnel(8),
+    "reuse": wind_tunnel(8, RATIOS),
     "spikes": [{"loss": [f"spiked_{name}" for name in ("grpo", "stabledrl", "clip_only", "norm_only", "no_ratio")],
                 "shared_masks": [1], **SHORT}],
     "release": [{"loss": ["stabledrl"], "estimator": ["mean_over_masked"], "clip_eps": [4.0], "copies": [2],
                  "max_grad_norm": [0.2], "mu": [2, 8], **SHORT}],
+    "parts": [
+        {"loss": ["norm_only"], "mu": [2, 8], **SHORT},
+        {"loss": ["stabledrl"], "clip_eps": [0.2, 100.0, 1000.0], "mu": [2, 8], **SHORT}],
     "epsilon_4": [{"mu": [2, 8], "loss": ["stabledrl"], "clip_eps": [4.0], **SHORT}],
     "eight_copies": [{"loss": BOTH, "copies": [8], **SHORT}],
-    "parts": [
-        {"loss": ["grpo", "stabledrl", "clip_only", "norm_only", "no_ratio", "dual_clip"], "mu": [2, 8],
-         "updates": [600], "seed": FIVE},
-        {"loss": ["stabledrl"], "clip_eps": [0.2, 1.0, 100.0, 1000.0], "mu": [2, 8], "updates": [600], "seed": FIVE}],
     "tasks": [
         {"task": ["chain"], "base_accuracy": [0.6], "lr": [3e-5], "loss": BOTH, **PAIR, **SHORT},
         {"task": ["countdown"], "base_accuracy": [0.2], "d_model": [96], "prompts": [16], "lr": [3e-5], "loss": BOTH,
@@ -154,9 +153,7 @@ def line_of(config, base):
     """One kept line: settings that say what ran, the base's reward, and all columns of the log; None if not finished. A
     run that ended with a number that is not finite is kept with the lines that it had."""
     path = S.run_folder(config) / "log.jsonl"
-    if not path.exists():
-        return None
-    settings, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
     failed = path.with_name("failed").exists()
     if len(rows) * config.log_every < config.updates and not failed:
         return None
@@ -185,7 +182,7 @@ def keep():
         lines = {name: line for name, line in kept(grid).items() if name not in elsewhere}
         for config in configs_of(grid):
             name = S.run_name(config)
-            if name not in lines and name not in elsewhere and (S.run_folder(config) / "log.jsonl").exists():
+            if name not in lines and name not in elsewhere and S.run_folder(config).exists():
                 line = line_of(config, base_reward(config))
                 lines |= {name: line} if line else {}
         elsewhere |= lines.keys()
@@ -281,7 +278,8 @@ class Kept:
         return spread_of([times(line) for line in lines]) + " †" * any(line["failed"] for line in lines)
 
 def times(line):
-    return (line["reward"] or [0.0])[-1] / line["base"]
+    """The last reward over that of the base; 0 for a run that ended with a number that is not finite."""
+    return 0.0 if line["failed"] else line["reward"][-1] / line["base"]
 
 def spread_of(values, form="{:.2f}"):
     """mean ± standard deviation."""
@@ -350,9 +348,9 @@ def blocks_table(runs):
         rows.append([
             f"{task}, B = {B}", spread_of([line["base"] for line in grpo], "{:.3f}"),
             spread_of([line["spread"][0] for line in stable], "{:.1f}"),
-            " / ".join(f"{line['spread'][-1]:.1f}" for line in grpo),
+            " / ".join(f"{line['spread'][-1]:.1f}" if line["spread"] else "–" for line in grpo),
             " / ".join(f"{line['spread'][-1]:.1f}" for line in stable),
-            f"{max(max(line['ratio_max']) for line in grpo + stable):.0e}" if grpo else "",
+            "{:.0e}".format(max((ratio for line in grpo + stable for ratio in line["ratio_max"]), default=0)),
             runs.cell(loss="grpo", block_size=B, **settings), runs.cell(loss="stabledrl", block_size=B, **settings)])
     return table(["", "base reward", "noise, first 40 updates", "noise at the end, GRPO, by seed", "StableDRL, by seed",
                   "largest ρ̂", "GRPO", "StableDRL"], rows)
@@ -406,9 +404,9 @@ def parts_table(runs):
     for name, settings in PARTS.items():
         row = [name]
         for mu in (2, 8):
-            stable = runs.times(FIVE, loss="stabledrl", mu=mu, updates=600)
-            behind = [b - a for a, b in zip(stable, runs.times(FIVE, mu=mu, updates=600, **settings))]
-            row += [runs.cell(FIVE, mu=mu, updates=600, **settings), spread_of(behind, "{:+.2f}").replace("± +", "± ")]
+            stable = runs.times(loss="stabledrl", mu=mu, updates=600)
+            behind = [b - a for a, b in zip(stable, runs.times(mu=mu, updates=600, **settings))]
+            row += [runs.cell(mu=mu, updates=600, **settings), spread_of(behind, "{:+.2f}").replace("± +", "± ")]
         rows.append(row)
     return table(["", "μ = 2", "against StableDRL, seed by seed", "μ = 8", "against StableDRL, seed by seed"], rows)
 
@@ -486,13 +484,11 @@ def draw_blocks(plt, runs):
                     updates = range(40, 601, 40)
                     rewards = [[(line["reward"] + [0.0] * 15)[i] for line in lines] for i in range(15)]
                     band(axis, updates, rewards, {"grpo": "GRPO", "stabledrl": "StableDRL"}[loss], color=COLOURS[loss])
-                    noises[loss].append((B, statistics.mean(line["spread"][0] for line in lines),
-                                         statistics.mean(line["spread"][-1] for line in lines)))
+                    noises[loss].append((B, statistics.mean(line["spread"][-1] for line in lines if line["spread"])))
                     axis.axhline(statistics.mean(line["base"] for line in lines), color="grey", linestyle=":")
             axis.set(title=f"{task}, B = {B}" + " (a GPT)" * (B == 1), xlabel="update", ylim=(0, None))
         for loss in BOTH:
-            B, first, last = zip(*noises[loss]) if noises[loss] else ((), (), ())
-            row[3].plot(B, last, "o-", color=COLOURS[loss], label=None)
+            row[3].plot(*zip(*noises[loss]), "o-", color=COLOURS[loss])
         row[3].set(title="noise of log ρ̂, nats", xlabel="B", xticks=[1, 2, 4], ylim=(-0.2, None))
         row[0].set_ylabel("reward")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
