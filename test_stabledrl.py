@@ -1370,10 +1370,8 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         exec(compile(code, "README.md", "exec"), names)
     A = torch.tensor([1.0, -1.0, 1.0, -1.0])
     assert gradient(names["dual_clip"], [0.3, 7.0, -0.1, 0.0], A, 5.0, 4)[1][:2] == [0.0, 0.0], "the corner is closed"
-    assert gradient(names["length_normalised"], [4.0] * 4, -A, 0.2, 4)[1][0] == pytest.approx(math.exp(1) / 16)
-    rows = re.findall(r"^\| `(--[^`]*)` \|", README, re.M)
-    assert len(rows) == 5
-    for i, flags in enumerate(rows):
+    assert gradient(names["per_token"], [4.0] * 4, -A, 0.2, 4)[1][0] == pytest.approx(math.exp(1) / 16)
+    for i, flags in enumerate(re.findall(r"^\| `(--[^`]*)` \|", README, re.M)):
         assert S.parse(f"--updates 400 {flags} --out {tmp_path / str(i)}".split())
     flags = {f"--{field.name}" for field in dataclasses.fields(S.Config)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9-]*", README + SOURCE)) <= flags

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ measure = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(measure)
 S = measure.S
 torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def registered():
+    """The script's losses and estimators, for one test."""
+    with mock.patch.dict(S.LOSSES), mock.patch.dict(S.ESTIMATORS):
+        measure.register()
+        yield
 
 def drawn(seed, N=12):
     """Random log-ratios, from small to wild, and advantages with both signs."""
