@@ -545,7 +545,8 @@ def main(arguments):
     register()
     if arguments != ["--page"]:
         measure(arguments or GRIDS)
-        measure_prices()
+        if not (HERE / "prices.json").exists():
+            measure_prices()
     keep()
     page = HERE / "README.md"
     page.write_text(page_with_tables(page.read_text()))
