@@ -58,10 +58,12 @@ def mean_over_masked(model, prompts, completions, masks, block_size, **unused):
     log_p = S.token_log_probs(model, prompts, completions, masks, block_size)  # (N, K, L)
     return ((masks * log_p).sum(-1) / masks.sum(-1)).mean(-1)
 
+SPIKED = ("grpo", "norm_only", "clip_only", "stabledrl", "no_ratio")  # the losses of the stress test
+
 def register():
     """Make all of these known to the program."""
     S.LOSSES |= {"dual_clip": (dual_clip, 5.0), "per_token": (per_token, 0.2), "wd1": (wd1, 0.0)}
-    for name in ("grpo", "stabledrl", "clip_only", "norm_only", "no_ratio"):
+    for name in SPIKED:
         loss, eps = S.LOSSES[name]
         S.LOSSES[f"spiked_{name}"] = (spiked(loss), eps)
     S.ESTIMATORS["mean_over_masked"] = mean_over_masked
@@ -84,7 +86,12 @@ SEEDS, FIVE, BOTH = [0, 1, 2], [0, 1, 2, 3, 4], ["grpo", "stabledrl"]
 OBJECTIVES = ["grpo", "stabledrl", "clip_only", "dual_clip", "per_token", "no_ratio", "wd1"]
 SHORT = {"updates": [600], "seed": SEEDS}
 PAIR = {"masks": ["coupled"], "copies": [2]}
-SUDOKU = {"task": ["sudoku"], "base_accuracy": [0.6], "prompts": [16], "lr": [3e-5], "loss": BOTH}
+SUDOKU = {"task": "sudoku", "base_accuracy": 0.6, "prompts": 16, "lr": 3e-5}  # its defaults, but for the masks
+
+def product_of(settings, **others):
+    """One value for each of the settings, several for the others."""
+    return {name: [value] for name, value in settings.items()} | others
+
 RATIOS = [{}, PAIR, {"estimator": ["exact"]}, {"copies": [2]}]  # 1.9, 0.3, 0 and 1.3 nats of noise
 
 def wind_tunnel(mu, ratios):
@@ -107,10 +114,9 @@ GRIDS = {  # a grid is a list of products
         {"loss": BOTH, "estimator": ["trajectory", "mean_field", "exact_elbo"], **SHORT},
         {"loss": BOTH, "shared_masks": [1], **SHORT},
         {"loss": BOTH, "shared_masks": [1], **PAIR, **SHORT}],
-    "blocks_sudoku": [{**SUDOKU, "block_size": [1, 2, 4], **SHORT}],
+    "blocks_sudoku": [product_of(SUDOKU, loss=BOTH, block_size=[1, 2, 4], **SHORT)],
     "reuse": wind_tunnel(8, RATIOS),
-    "spikes": [{"loss": [f"spiked_{name}" for name in ("grpo", "stabledrl", "clip_only", "norm_only", "no_ratio")],
-                "shared_masks": [1], **SHORT}],
+    "spikes": [{"loss": [f"spiked_{name}" for name in SPIKED], "shared_masks": [1], **SHORT}],
     "release": [{"loss": ["stabledrl"], "estimator": ["mean_over_masked"], "clip_eps": [4.0], "copies": [2],
                  "max_grad_norm": [0.2], "mu": [2, 8], **SHORT}],
     "parts": [
@@ -118,10 +124,7 @@ GRIDS = {  # a grid is a list of products
         {"loss": ["stabledrl"], "clip_eps": [0.2, 100.0, 1000.0], "mu": [2, 8], **SHORT}],
     "epsilon_4": [{"mu": [2, 8], "loss": ["stabledrl"], "clip_eps": [4.0], **SHORT}],
     "eight_copies": [{"loss": BOTH, "copies": [8], **SHORT}],
-    "tasks": [
-        {"task": ["chain"], "base_accuracy": [0.6], "lr": [3e-5], "loss": BOTH, **PAIR, **SHORT},
-        {"task": ["countdown"], "base_accuracy": [0.2], "d_model": [96], "prompts": [16], "lr": [3e-5], "loss": BOTH,
-         **PAIR, **SHORT}],
+    "tasks": [product_of(S.TASKS[name].defaults, task=[name], loss=BOTH, **SHORT) for name in ("chain", "countdown")],
     "trust": [{"loss": BOTH, "clip_eps": [0.2, 5.0], "lr": [1e-4, 2e-4, 4e-4], "mu": [2, 8], **PAIR, **SHORT}],
 }
 
@@ -163,7 +166,7 @@ def line_of(config, base):
     line |= {"updates": config.updates, "seed": config.seed, "failed": failed, "base": base}
     return line | {name: [short(row[name]) for row in rows if name in row] for name in COLUMNS}
 
-def base_reward(config, known={}):
+def base_reward(config):
     """Mean reward of 2,000 training prompts, answered as in RL by the base policy: kept in bases.json."""
     path = HERE / "bases.json"
     values = json.loads(path.read_text()) if path.exists() else {}
@@ -199,9 +202,7 @@ def measure(grids):
         print(f"{grid}: {len(missing)} runs", flush=True)
         for config in missing:
             S.base_policy(config)
-        with contextlib.ExitStack() as conventions:
-            if grid == "release":
-                conventions.enter_context(release())
+        with release() if grid == "release" else contextlib.nullcontext():
             finished = S.attempt_all(missing) if missing else []
         for config, done in zip(missing, finished):
             if not done:
@@ -219,17 +220,16 @@ PRICES = {  # name -> estimator, how masks are drawn, copies, shared or not
     "trajectory": ("trajectory", "independent", 1, False), "exact ELBO": ("exact_elbo", "independent", 1, False),
     "exact": ("exact", "independent", 1, False)}
 LATER = {"loss": "grpo", "estimator": "exact", "mu": 8, "updates": 8, "log_every": 8}  # the policy that is compared
-PRICE_SETTINGS = {"addition": {}, "sudoku": {"task": "sudoku", "base_accuracy": 0.6, "prompts": 16, "lr": 3e-5}}
+PRICE_SETTINGS = {"addition": {}, "sudoku": SUDOKU}
 
 @torch.no_grad()
-def price(name, base, later, batch, masking):
+def price(name, base, later, truth_base, truth_later, batch, masking):
     """-> tokens read per completion, and three standard deviations in nats, over the completions of the base policy: of
     log ρ̂ where nothing has been trained; of log ρ̂ − log ρ between base and later policy; of L̂ − log π."""
     kind, masks, copies, shared = PRICES[name]
     (N, L), B = batch["completions"].shape, batch["block_size"]
     draw = lambda: S.MASKS[masks](N, copies, L, B, masking)
     estimate = lambda model, masks: S.ESTIMATORS[kind](model, masks=masks, **batch)
-    truth_base, truth_later = (S.exact_log_likelihood(model, **batch) for model in (base, later))
     old_masks = draw()
     old, masks = estimate(base, old_masks), old_masks if shared else draw()
     unit = L if name.startswith("per token") else 1
@@ -250,8 +250,10 @@ def measure_prices():
             base, (later, _) = S.new_model(config, weights), S.train(config, weights)
             texts, _ = task.sample(np.random.default_rng(2), 1_000, "train")
             batch, _ = S.answer(base, task, texts, config.block_size, generator=S.stream(config, "prices"))
+            with torch.no_grad():
+                truths = [S.exact_log_likelihood(model, **batch) for model in (base, later)]
             for name in PRICES:
-                values = price(name, base, later, batch, S.stream(config, f"prices {name}"))
+                values = price(name, base, later, *truths, batch, S.stream(config, f"prices {name}"))
                 row = found.setdefault(task_name, {}).setdefault(name, {"tokens": values.pop("tokens")})
                 for key, value in values.items():
                     row.setdefault(key, []).append(value)
@@ -340,7 +342,7 @@ def lr_table(runs):
     return table(["600 updates"] + [f"{rate:.0e}".replace("e-0", "e-") for rate in rates], rows)
 
 BLOCKS = [("addition", B, {"updates": 600, "seeds": FIVE}) for B in (1, 2)]
-BLOCKS += [("sudoku", B, {**PRICE_SETTINGS["sudoku"], "updates": 600}) for B in (1, 2, 4)]
+BLOCKS += [("sudoku", B, {**SUDOKU, "updates": 600}) for B in (1, 2, 4)]
 
 def blocks_table(runs):
     rows = []
@@ -378,11 +380,11 @@ def ratio_table(runs):
     return table(["how the ratio is estimated", "noise under GRPO, nats", "GRPO", "StableDRL"], rows)
 
 def price_table(runs):
-    rows = []
+    rows, measured = [], prices()
     for name in PRICES:
         row = [name]
         for task in PRICE_SETTINGS:
-            found = prices()[task][name]
+            found = measured[task][name]
             row += [str(found["tokens"])] + [f"{statistics.mean(found[key]):.2f}" for key in ("same", "later", "estimate")]
         rows.append(row)
     head = ["tokens read", "noise at θ = θ_old", "after 8 updates", "L̂ − log π"]
@@ -413,9 +415,8 @@ def parts_table(runs):
     return table(["", "μ = 2", "against StableDRL, seed by seed", "μ = 8", "against StableDRL, seed by seed"], rows)
 
 def spikes_table(runs):
-    names = ["grpo", "norm_only", "clip_only", "stabledrl", "no_ratio"]
-    row = [runs.cell(loss=f"spiked_{name}", shared_masks=1, updates=600) for name in names]
-    return table(["", *names], [["times the base", *row]])
+    row = [runs.cell(loss=f"spiked_{name}", shared_masks=1, updates=600) for name in SPIKED]
+    return table(["", *SPIKED], [["times the base", *row]])
 
 def release_table(runs):
     settings = dict(estimator="mean_over_masked", clip_eps=4.0, copies=2, max_grad_norm=0.2, updates=600)
