@@ -245,7 +245,7 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool in pairs: in each block copy K/2 + k hides just the tokens that copy k shows, so
-    that an unlikely token is neither missed nor counted double (ESPO, arXiv 2512.03759). Each copy
+    that no token is missed, and for B = 2 each counts once (ESPO, arXiv 2512.03759). Each copy
     alone is distributed as in `sample_masks`: B−m is uniform on 0..B−1, and where it is 0 (copy k
     showed nothing) the partner hides all B as well. AssertionError if K is odd."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
@@ -726,7 +726,7 @@ class Config(BaseConfig):
     loss: str = "stabledrl"  # §6
     estimator: str = "elbo"  # of log π, §3 and §5
     masks: str = "independent"  # how masks are drawn, §3
-    shared_masks: int = False  # L̂_θ uses the masks of L̂_old, in all μ updates
+    shared_masks: int = False  # 0 or 1: L̂_θ uses the masks of L̂_old, in all μ updates
     copies: int = 1  # K, noisy copies behind one estimate
     clip_eps: float = None  # ε. None: the loss's own
     lr: float = 1e-4  # learning rate of RL
@@ -737,7 +737,7 @@ class Config(BaseConfig):
     updates: int = 1200  # updates of RL
     log_every: int = 40  # updates per line of the log
     out: str = "runs"  # folder for all that is written
-    resume: int = False  # go on with the runs whose folders exist
+    resume: int = False  # 0 or 1: go on with the runs whose folders exist
 
     def __post_init__(self):
         if self.block_size is None:
