@@ -2,8 +2,8 @@
 collapses.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
-2603.06743. On toy tasks the exact likelihood can be computed: so the noise that the paper reasons
-about is measured here, and can be taken away.
+2603.06743. The paper reasons about noise in estimates of the likelihood. The toy tasks here are so
+small that the exact likelihood can be computed: the noise is measured, and can be taken away.
 
 What a diffusion language model is. A GPT predicts the next token from those before it. A diffusion
 language model predicts *hidden* tokens from visible ones: it learns to fill in blanks, and it
@@ -15,9 +15,9 @@ How rewards train it. The model is a *policy* π_θ with weights θ. It answers 
 these *completions* are a *group*. A judge gives each a reward; its *advantage* A says how much
 better it did than its group. Gradient ascent on Σ A·log π_θ(completion) makes the better ones
 likelier. That is right for the policy that wrote them, called "old"; after one step the policy is
-another. To use completions for several steps, PPO and GRPO weigh each of them by its *importance
-ratio* ρ = π_θ(completion)/π_old(completion), because E_old[ρ·f] = E_θ[f] for any f: weighted by ρ,
-samples of the old policy average like samples of the new one. At the first step ρ is 1.
+another. To use completions for several steps, PPO and GRPO weigh each (in a GPT: each token) by its
+*importance ratio* ρ = π_θ/π_old, because E_old[ρ·f] = E_θ[f] for any f: weighted by ρ, samples of
+the old policy average like samples of the new one. At the first step ρ is 1.
 
 Why GRPO breaks on such a model:
   1. The order within a block is random, so π(completion) is a mean over B! orders per block: too
@@ -25,9 +25,12 @@ Why GRPO breaks on such a model:
      ρ̂ = exp(L̂_θ − L̂_old).
   2. exp magnifies noise: completions whose ρ is 1 get a ρ̂ of 10,000 (§5).
   3. GRPO clips ρ̂ to [1−ε, 1+ε], but not on all sides (§6): with ρ̂ = 10,000 a good completion
-     (A > 0) counts 0, and a bad one (A < 0) 10,000. So each step unlearns one completion, which had
-     bad luck with its noise, and the next step another.
-  4. The policy loses what it could do, and the reward collapses.
+     (A > 0) counts 0, and a bad one (A < 0) 10,000. So each step does one thing only: it makes a
+     single bad completion less likely, the one with the largest noise.
+  4. Steps that only unlearn destroy a policy. Pushing log π up ends at log 1 = 0; pushing it down
+     never ends, and all completions share the weights. (Measured: steps that push down one bad
+     completion chosen by lot, with exact likelihoods and no ratio, leave 0.01 of the base's reward;
+     steps that push up one good completion, 0.93.)
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum, so that they are shares of 1.
 
@@ -42,19 +45,19 @@ Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
   B      block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
   G      group_size              completions per prompt
   K      copies                  copies of y with random tokens hidden ("noisy copies") per estimate
-         masks        (N, K, L)  True where a copy has the token [MASK] in place of its own
+         masks        (N, K, L)  True where a copy has the token [MASK] in place of its own. (The
+                                 attention masks of §2, (S, S), are another thing: who sees whom)
          steps        (N, L)     at which step of its block, 0..B−1, a place was written
-  m      m                       how many tokens of a block are hidden, 1..B
   L̂_θ    log_prob     (N,)       estimate of log π_θ(y|q) in nats (natural logarithm)
   log ρ̂  log_ratio    (N,)       L̂_θ − L̂_old: one number per completion, not one per token
   A      advantages   (N,)       reward relative to the group
   ε      clip_eps                ratios are clipped to [1−ε, 1+ε]
   μ      mu                      optimiser steps ("updates") that use one batch of completions
-  g                              the gradient of L̂_θ(y) by θ
 """
 
 import argparse
 import collections
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -75,7 +78,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from toy_tasks import TASKS, decode, encode  # a task makes prompts and judges answers, as strings
+# A task makes prompts and judges answers, as strings: toy_tasks/__init__.py lists its parts.
+from toy_tasks import TASKS, decode, encode
 
 # ==== §1  Transformer =============================================================================
 # What it teaches: nothing in here is diffusion. This is an ordinary transformer that is given its
@@ -110,8 +114,9 @@ class Layer(nn.Module):
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
         keys_values = torch.stack((rotate(k, turns), v))  # (2, N, H, S, D)
-        if cache is not None:  # a prompt's row, for each of its completions
-            cache = cache.repeat_interleave(len(x) // cache.shape[1], dim=1)
+        if cache is not None:
+            samples = len(x) // cache.shape[1]  # completions per prompt; 1 where each has a cache
+            cache = cache.repeat_interleave(samples, dim=1)  # (2, N, H, T−S, D)
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
         y = F.scaled_dot_product_attention(rotate(q, turns), *keys_values, attn_mask=mask)
         x = x + self.out(y.transpose(1, 2).flatten(2))
@@ -205,7 +210,8 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     check_lengths(block_size, P, L)
     block = staircase_positions(P, L, copies, device) // block_size  # (S,) 0, 1, ..
     index = torch.arange(P + L + copies * L, device=device)  # (S,)
-    copy = ((index - P) // L).clamp(min=0)  # (S,) 0 = prompt or clean completion, 1..K = noisy copy
+    # (S,) k for noisy copy k, and 0 for the clean completion and (−1 before the clamp) the prompt
+    copy = ((index - P) // L).clamp(min=0)
     from_block, to_block = block[:, None], block[None, :]
     from_copy, to_copy = copy[:, None], copy[None, :]
     clean_to_clean = (from_copy == 0) & (to_copy == 0) & (from_block >= to_block)
@@ -224,11 +230,11 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 #   2. The log of a mean is at least the mean of the logs (Jensen's inequality):
 #          log π(block) ≥ mean over orders of  Σ over steps of  log p
 #                       = B · (mean of log p over a random step of a random order)
-#   3. At such a step m tokens are still hidden, with m uniform on 1..B; any set of m is equally
-#      likely, and any of the m comes next. So the last mean is the mean, over m and over sets of
-#      m, of (1/m)·Σ_hidden log p. For B = 2: half of the time both tokens are hidden, and it is
-#      the mean of their two log p; else one is left, either with a quarter, and it is that log p.
-#      Times B, and summed over blocks:
+#   3. When a random step begins, m tokens are hidden, with m uniform on 1..B. In a random order
+#      every set of m tokens is equally likely to be the hidden one, and each of them equally
+#      likely to be written next. So the mean over steps and orders in 2. is a mean over m and over
+#      sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with probability 1/2 both are hidden,
+#      with 1/4 the first alone, with 1/4 the second alone.) Times B, and summed over blocks:
 #   ELBO(y) = E_masks[ Σ_blocks B/m · Σ_{i hidden} log p_θ(y_i | noisy block, clean text before) ]
 # This *evidence lower bound* is at most log π_θ(y). Pretraining maximises it on right answers. RL
 # computes the bracket for K random masks and takes their mean as L̂. `elbo` serves both.
@@ -258,10 +264,11 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 MASKS = {"independent": sample_masks, "coupled": coupled_masks}
 
 def token_log_probs(model, prompts, completions, masks, block_size):
-    """log p(y_i | its noisy block, the clean text before it) at every place i of every copy,
-    without meaning where y_i is visible: prompts (M,P), completions (N,L), masks (N,K,L) bool ->
-    (N,K,L). Each prompt stands for N/M completions in a row. One pass under `staircase_mask` over
-    [completion | K noisy copies], behind the cache of the prompt. Its cost grows with (K·L)²."""
+    """log p(y_i | its noisy block, the clean text before it) at every place i of every copy:
+    prompts (M,P), completions (N,L), masks (N,K,L) bool -> (N,K,L). Where y_i is visible the value
+    means nothing: callers must leave it out. Each prompt stands for N/M completions in a row. The
+    prompt's rows of `staircase_mask` fill a cache, behind which one pass reads all other rows:
+    [completion | K noisy copies]. Its cost grows with (K·L)²."""
     (N, K, L), P = masks.shape, prompts.shape[1]
     may_look = staircase_mask(P, L, block_size, K, prompts.device)  # (S, S), S = P + L + K·L
     positions = staircase_positions(P, L, K, prompts.device)  # (S,)
@@ -348,24 +355,25 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # That is right on average. But L̂_θ and L̂_old draw masks of their own, and may differ by 9.2
 # though θ = θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1. (A coupled pair of §3 always gives −4.6.)
 #
-# What exp makes of it. Let log ρ̂ = log ρ + η, so ρ̂ = ρ·e^η. If the noise η is normal with mean 0
-# and deviation σ, then E[e^η] = e^(σ²/2): at σ = 2 nats ratios are 7 times too large on average,
-# and a few huge ones make that average. K copies lower σ as 1/√K, coupled masks lower it more. If
-# L̂_θ uses the masks of L̂_old again (--shared_masks), η nearly cancels, though g stays as noisy.
-# The other error, the *bias* log π − ELBO, hardly moves in one update, and cancels in the ratio.
+# What exp makes of it. Let η be the noise of the difference L̂_θ − L̂_old: log ρ̂ = log ρ + η, so
+# ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation σ, then E[e^η] = e^(σ²/2): at σ = 2
+# nats ratios are 7 times too large on average, and a few huge ones make that average. K copies
+# lower σ as 1/√K, coupled masks lower it more. If L̂_θ uses the masks of L̂_old again
+# (--shared_masks), η nearly cancels; but the gradient of L̂_θ is as noisy as before. The other
+# error, the *bias* log π − ELBO, hardly moves in a few updates, and so cancels in the ratio.
 #
-# A ratio without noise. What the sampler draws is a completion *and* the order in which it is
-# written. The probability of both is a plain product over the steps: p(token | what was visible
-# then), times the probability of the order, which does not depend on θ. `trajectory` computes it
-# with a noisy copy per step: B of them, not 2^B − 1. Nothing is drawn, so its ratio is exactly 1 at
-# θ = θ_old. It is not ρ, but the ratio of a finer event, and ρ is its mean over the orders that the
-# old policy may have taken to y. So it weighs as rightly as ρ: E_old[ratio·f(y)] = E_θ[f(y)].
+# A ratio without noise. The sampler draws a completion y *and* the order o in which to write it.
+# The probability of the pair is a product over the steps: p(token | what was visible then), times
+# the probability of o, which does not depend on θ. `trajectory` computes that product with a noisy
+# copy per step: B of them, not 2^B − 1. Nothing is drawn, so its ratio is exactly 1 at θ = θ_old.
+# This ratio is not ρ, but it is as good a weight: importance sampling works on pairs as well,
+# E_old[π_θ(y,o)/π_old(y,o)·f(y)] = E_θ[f(y)]. (Its mean over o, weighted by π_old(o|y), is ρ.)
 
 MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies are still affordable
 
 def mean_field(model, prompts, completions, block_size, **unused):
-    """The one-step proxy (N,): log-probability if each block were written at once from blanks, its
-    tokens independent of each other. No noise, but a bias that can be large."""
+    """Log-probability (N,) if each block were written in one step from blanks, its tokens
+    independent of each other (d1, Zhao et al., arXiv 2504.12216). No noise, but a bias."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, everything, block_size).sum((-2, -1))
 
@@ -392,8 +400,9 @@ def exact_elbo(model, prompts, completions, block_size, **unused):
 def exact_log_likelihood(model, prompts, completions, block_size, **unused):
     """log π(completion | prompt) in nats (N,), of `generate` with order="random" and temperature=1.
     Per block, reach[h] is the probability that the sampler gets to the state in which exactly the
-    set h is hidden, and the rest is right: from a state with one more token i hidden, by choosing
-    that place and writing its token,  reach[h] = Σ_{i not in h} reach[h∪i] / |h∪i| · p(y_i | h∪i).
+    set h is hidden, and the rest is right. It comes from a state in which one more place i was
+    hidden, too: it chose i, one of |h∪i| places, and wrote y_i there. So
+        reach[h] = Σ_{i not in h} reach[h∪i] / |h∪i| · p(y_i while h∪i is hidden)
     For B = 2: π = ½ p(a) p(b|a) + ½ p(b) p(a|b). B·2^(B−1) terms in place of B! orders."""
     _, log_p = every_pattern(model, prompts, completions, block_size)  # (N, 2^B−1, L/B, B)
     everything = 2**block_size - 1  # sets are integers: place i is hidden if bit i is 1
@@ -403,7 +412,7 @@ def exact_log_likelihood(model, prompts, completions, block_size, **unused):
         for i in range(block_size):
             if hidden >> i & 1 == 0:  # i is visible now: it was the one that was written
                 before = hidden | (1 << i)
-                write_token = log_p[:, before - 1, :, i]  # (N, L/B)
+                write_token = log_p[:, before - 1, :, i]  # (N, L/B); row 0 is set 1
                 ways.append(log_reach[before] + write_token - math.log(before.bit_count()))
         log_reach[hidden] = torch.stack(ways).logsumexp(0)
     return log_reach[0].sum(-1)
@@ -432,30 +441,33 @@ ESTIMATORS = {
 # it. A GPT has a ratio per token. Here there is one per completion, with the noise of all its
 # tokens: a token's term in an ELBO depends on which others were hidden, and is no probability.
 #
-# GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). With ρ̂ = exp(L̂_θ − L̂_old) and L̂_old constant, ∇ρ̂
-# = ρ̂·g. Where min takes the first term the gradient is ρ̂·A·g; where it takes the second and the
-# clip binds, that is a constant, and its gradient is 0. Say ε = 0.2, ρ̂ = 1,000: for A = 1 it is
-# min(1000, 1.2), gradient 0; for A = −1 it is min(−1000, −1.2), gradient −1000·g. All losses here
-# move θ along Σ weight·A·g / divisor:
+# GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). Let g be the gradient of L̂_θ(y) by θ. As L̂_old is
+# constant, ρ̂ = exp(L̂_θ − L̂_old) has the gradient ρ̂·g. Where min takes the first term, the
+# gradient is ρ̂·A·g; where it takes the second and the clip binds, that is a constant, gradient 0.
+# Say ε = 0.2, ρ̂ = 1,000: for A = 1 it is min(1000, 1.2), gradient 0; for A = −1 it is
+# min(−1000, −1.2), gradient −1000·g. All losses here move θ along Σ weight·A·g / divisor:
 #     weight        GRPO, A > 0    GRPO, A < 0           StableDRL, any A
 #     ρ̂ < 1−ε       ρ̂              0                     1−ε (cannot happen if ε ≥ 1)
 #     in between    ρ̂              ρ̂                     ρ̂
-#     ρ̂ > 1+ε       0              ρ̂, WITHOUT BOUND      1+ε
+#     ρ̂ > 1+ε       0              ρ̂, HOWEVER LARGE      1+ε
 #     divisor       N              N                     Σ of the group's weights · number of groups
 # The open corner has a reason: a bad completion that has become likelier must be pulled back hard.
 # That is right for an exact ratio, which stays near 1. For an estimate, ρ̂ = 1,000 mostly says that
-# the noise was 6.9 nats. (Clipping the gradient's norm shortens such a step, and does not turn it.)
+# the noise was 6.9 nats. Clipping the gradient's norm to 1, as `train` does, shortens such a step;
+# its direction is still that of one bad completion.
 #
 # StableDRL moves θ, for each group, along
-#     Σ_j w_j A_j g_j / Σ_j w_j,     w_j = clip(ρ̂_j, 1−ε, 1+ε), held constant.
+#     Σ_j w_j A_j g_j / Σ_j w_j,     w_j = clip(ρ̂_j, 1−ε, 1+ε)
 # Line 1 clips whatever the sign of A. Line 2 divides by the group's sum: the update is a weighted
-# mean of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are.
+# mean of the A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are. The w_j
+# are constants to autograd: they say how much a completion counts, and are not to be optimised.
 #     line 1 alone (clip_only)   groups with large ratios outweigh the others
 #     line 2 alone (norm_only)   one outlier takes all the weight of its group
 #     no ratio (no_ratio)        all weigh 1/G, as if the policy were still the one that sampled
-# The price: no 0 in StableDRL's column. GRPO stops pushing what it has moved by more than ε;
-# StableDRL does not. And ε means two things: GRPO's is a small trust region (0.2), StableDRL's cuts
-# a long tail (5 in the paper). Where all ρ̂ are 1, every loss has the policy gradient, −mean A·g.
+# The price: no 0 in StableDRL's column. GRPO's zeros stop what the updates of a batch have moved
+# far enough: a good completion that is likelier by ε, a bad one that is less likely by ε. StableDRL
+# goes on. So ε means two things: GRPO's is a small trust region (0.2), StableDRL's cuts a long tail
+# (5 in the paper). Where all ρ̂ are 1, every loss here has the policy gradient, −mean A·g.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,) -> (N,): (reward − mean of its group) / (standard deviation of its group). Equal
@@ -500,15 +512,15 @@ LOSSES = {
     "grpo": (grpo_loss, 0.2),
     "stabledrl": (stabledrl_loss, 5.0),
     "clip_only": (functools.partial(stabledrl_loss, normalise=False), 5.0),  # without line 2
-    "norm_only": (stabledrl_loss, 1e30),  # without line 1
+    "norm_only": (stabledrl_loss, 1e30),  # without line 1: nothing reaches this ε
     "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
 }
 
 # ==== §7  Diagnostics =============================================================================
 # What it teaches: what to watch before the reward falls: how far the ratios spread, and the norm of
-# the gradient before it is clipped (§8). Best is `spread` (§8), the deviation of log ρ̂ at the
-# first update of a batch, where every ρ is 1: the noise itself, which a model of any size can log.
-# (With --shared_masks it is 0 there by construction: the noise that is left shows in `noise_std`.)
+# the gradient before it is clipped (in `train`, §8). Best is `spread` (there, too), the standard
+# deviation of log ρ̂ at the first update of a batch, where every ρ is 1: it is the noise, and a
+# model of any size can log it.
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
     """log_ratio (N,) -> dict of floats, about ratios before any clipping. ratio_max: the largest
@@ -529,11 +541,12 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size):
 # What it teaches: where the old and the new policy part, in one loop, `train`. A batch of
 # completions is sampled, scored by the policy as it is ("old"), and used for μ updates. At the
 # first θ = θ_old and every ρ is 1; later not. The *estimate* ρ̂ is noisy at the first as well, as
-# L̂_θ draws its own masks (as in the paper; --shared_masks changes that). Every purpose has its own
-# random stream, by seed and batch: with one seed all losses see the same base and prompts.
+# L̂_θ draws its own masks (as in the paper; --shared_masks changes that). Prompts, samples and masks
+# each have a random stream of their own, made from seed and batch: so with one seed all losses
+# start from the same base and see the same prompts, whatever else they draw.
 
 def stream(config, purpose):
-    """A random generator for one purpose: one more draw of masks must not change a sample."""
+    """A random generator for one purpose, a string: no other purpose draws from it."""
     seed = random.Random(f"{config.seed} {purpose}").getrandbits(63)
     return torch.Generator(config.device).manual_seed(seed)
 
@@ -564,7 +577,7 @@ def accuracy(model, task, block_size):
     """Share of 500 held-out prompts, always the same, solved by greedy decoding, surest first."""
     texts, _ = task.sample(np.random.default_rng(0), 500, "test")
     _, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
-    return (rewards == 1).double().mean().item()
+    return (rewards == 1).double().mean().item()  # some tasks give less than 1 for less than right
 
 def pretrain(config):
     """A policy for RL to start from: maximise the ELBO of right answers until `accuracy` reaches
@@ -572,9 +585,9 @@ def pretrain(config):
     task, B = TASKS[config.task], config.block_size
     model = new_model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    rng = np.random.default_rng([config.seed, 0])
+    rng = np.random.default_rng([config.seed, 0])  # 0: not the prompts of RL
     masking = stream(config, "pretrain")
-    for update in tqdm(range(2001), disable=None):
+    for update in tqdm(range(2000), disable=None):
         if update % 10 == 0 and accuracy(model, task, B) >= config.base_accuracy:
             return model
         texts, answers = task.sample(rng, 256, "train")
@@ -585,7 +598,7 @@ def pretrain(config):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    raise TimeoutError(f"--base_accuracy {config.base_accuracy} is not reached in {update} updates")
+    raise TimeoutError(f"--base_accuracy {config.base_accuracy} is not reached in 2,000 updates")
 
 def train(config, base):
     """RL from the base policy, a state dict -> (trained model, lines of the log as dicts). Each
@@ -607,7 +620,7 @@ def train(config, base):
         measure_noise = log_is_due and B <= MAX_EXACT_BLOCK
 
         # (1) The old policy answers each prompt G times, and the answers are judged.
-        torch.manual_seed(config.seed + done)  # for losses and estimators of your own
+        torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # for losses of your own
         rng = np.random.default_rng([config.seed, 1, done])
         texts, _ = task.sample(rng, config.prompts, "train")
         sampling = stream(config, f"samples {done}")
@@ -662,10 +675,8 @@ def train(config, base):
     return model, rows
 
 def save(config, model, optimizer, rows):
-    """Write log.jsonl, then checkpoint.pt: who is killed in between makes the last line again."""
-    parent = multiprocessing.parent_process()
-    if parent and not parent.is_alive():
-        os._exit(1)  # the program was killed: nothing goes on behind its back
+    """Write log.jsonl, then checkpoint.pt: a run that is killed in between makes the last line of
+    its log again when it is resumed."""
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     first = dict(vars(config))
@@ -753,8 +764,8 @@ class Config(BaseConfig):
         assert self.updates % self.log_every == 0, "--updates must be a multiple of --log_every"
 
 def run_name(config):
-    """What folder, log and figure call a run: task, loss, estimator, all that differs from its
-    default, and the seed. For example addition-grpo-elbo-lr=0.0002-seed=0."""
+    """What folder, log and figure call a run: task, loss, estimator, all that differs from the
+    defaults of `Config`, and the seed. For example addition-grpo-elbo-lr=0.0002-seed=0."""
     usual = vars(Config(task=config.task, loss=config.loss))
     unnamed = "estimator seed device out resume".split()
     words = [config.task, config.loss, config.estimator]
@@ -835,8 +846,10 @@ def attempt(config):
         return False
 
 def start_worker():
-    """What a process does first: take one thread, and die quietly on Ctrl-C."""
+    """What a process does first: take one thread, die quietly on Ctrl-C, and be killed with the
+    program, even by kill -9."""
     torch.set_num_threads(1)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the signal if the parent dies
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 def attempt_all(configs):

@@ -802,8 +802,8 @@ def test_noise_is_measured_for_blocks_of_at_most_6(B, tmp_path, monkeypatch):
 def test_pretraining_stops_at_the_accuracy_asked_for_or_says_why_not(monkeypatch):
     config = S.Config(d_model=16, n_layer=1, n_head=2, base_accuracy=0.004)
     assert 0.004 <= S.accuracy(S.pretrain(config), TASKS["addition"], 2) < 0.2
-    monkeypatch.setattr(S, "range", lambda *a: range(11) if a == (2001,) else range(*a), raising=False)
-    with pytest.raises(TimeoutError, match="--base_accuracy 0.9 is not reached in 10 updates"):
+    monkeypatch.setattr(S, "range", lambda *a: range(10) if a == (2000,) else range(*a), raising=False)
+    with pytest.raises(TimeoutError, match="--base_accuracy 0.9 is not reached in 2,000 updates"):
         S.pretrain(dataclasses.replace(config, base_accuracy=0.9))
 
 def test_pretraining_looks_at_base_config_alone():
@@ -877,7 +877,7 @@ def test_two_runs_killed_at_any_moment_end_as_if_they_had_not_been(kills, tmp_pa
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.2))
         process.kill()
-        process.communicate()  # returns when no child holds the pipe any more
+        process.communicate(timeout=30)  # returns when no child holds the pipe any more
         cut = [(folder / "checkpoint.pt").read_bytes() for folder in folders]
         time.sleep(0.2)
         assert cut == [(folder / "checkpoint.pt").read_bytes() for folder in folders]
@@ -1370,7 +1370,6 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         exec(compile(code, "README.md", "exec"), names)
     A = torch.tensor([1.0, -1.0, 1.0, -1.0])
     assert gradient(names["dual_clip"], [0.3, 7.0, -0.1, 0.0], A, 5.0, 4)[1][:2] == [0.0, 0.0], "the corner is closed"
-    assert gradient(names["per_token"], [4.0] * 4, -A, 0.2, 4)[1][0] == pytest.approx(math.exp(1) / 16)
     for i, flags in enumerate(re.findall(r"^\| `(--[^`]*)` \|", README, re.M)):
         assert S.parse(f"--updates 400 {flags} --out {tmp_path / str(i)}".split())
     flags = {f"--{field.name}" for field in dataclasses.fields(S.Config)}

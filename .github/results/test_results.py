@@ -84,6 +84,27 @@ def test_cispo_is_clip_only_and_the_release_is_stabledrl_at_4():
                 w = [4 * v / sum(w[i // 4 * 4 : i // 4 * 4 + 4]) for i, v in enumerate(w)]
             assert leaf.grad.tolist() == pytest.approx([-v * a / 12 for v, a in zip(w, A.tolist())])
 
+def test_one_sided_steps_use_answers_of_one_sign_alone():
+    """The gradient descended is +1 at a bad answer, −1 at a good one, drawn by lot among those of its sign; or |A|/Σ|A|
+    of that sign. Nothing where no answer has that sign. All four indices of a sign come up: fails by chance 4·(3/4)^100."""
+    A = torch.tensor([1.0, -1.0, 0.0, 3.0, -2.0, -1.0, 0.5, -0.1])
+    for name, (sign, single) in measure.ONE_SIDED.items():
+        found = set()
+        for _ in range(100):
+            leaf = torch.zeros(8, requires_grad=True)
+            S.LOSSES[name][0](leaf, A, 0.0, 8).backward()
+            found.add(tuple(leaf.grad.tolist()))
+        chosen = [i for i in range(8) if sign * A[i] > 0]
+        if single:
+            assert found == {tuple(-sign * float(i == j) for j in range(8)) for i in chosen}
+        else:
+            total = sum(abs(A[i].item()) for i in chosen)
+            (gradient,) = found
+            assert gradient == pytest.approx([-sign * abs(A[i].item()) / total * (i in chosen) for i in range(8)])
+        leaf = torch.zeros(8, requires_grad=True)
+        S.LOSSES[name][0](leaf, torch.zeros(8), 0.0, 8).backward()
+        assert not leaf.grad.any()
+
 def test_spikes_hit_a_twentieth_of_the_ratios():
     torch.manual_seed(0)
     seen = []
