@@ -17,20 +17,19 @@ better it did than its group. Gradient ascent on Σ A·log π_θ(completion) mak
 likelier. That is right for the policy that wrote them, called "old"; after one step the policy is
 another. To use completions for several steps, PPO and GRPO weigh each (in a GPT: each token) by its
 *importance ratio* ρ = π_θ/π_old, because E_old[ρ·f] = E_θ[f] for any f: weighted by ρ, samples of
-the old policy average like samples of the new one. At the first step ρ is 1.
+the old policy average like samples of the new one (importance sampling). At the first step ρ is 1.
 
 Why GRPO breaks on such a model:
   1. The order within a block is random, so π(completion) is a mean over B! orders per block: too
      many for a real B of 32. One takes a random *estimate* L̂ of log π (§3), and for ρ the estimate
-     ρ̂ = exp(L̂_θ − L̂_old).
+     ρ̂ = exp(L̂_θ − L̂_old). L̂_θ and L̂_old each draw random numbers of their own.
   2. exp magnifies noise: completions whose ρ is 1 get a ρ̂ of 10,000 (§5).
-  3. GRPO clips ρ̂ to [1−ε, 1+ε], but not on all sides (§6): with ρ̂ = 10,000 a good completion
-     (A > 0) counts 0, and a bad one (A < 0) 10,000. So each step does one thing only: it makes a
-     single bad completion less likely, the one with the largest noise.
-  4. Steps that only unlearn destroy a policy. Pushing log π up ends at log 1 = 0; pushing it down
-     never ends, and all completions share the weights. (Measured: steps that push down one bad
-     completion chosen by lot, with exact likelihoods and no ratio, leave 0.01 of the base's reward;
-     steps that push up one good completion, 0.93.)
+  3. GRPO clips ρ̂ to [1−ε, 1+ε], but only where that lowers the objective (§6): with ρ̂ = 10,000 a
+     good completion (A > 0) counts 0, and a bad one (A < 0) 10,000. So a step hardly does anything
+     but make bad completions less likely, those with the largest noise. (Measured: they have all
+     of its weight, a single one of 256 has 63 %; with StableDRL 55 % and 5 %; medians.)
+  4. Steps that only unlearn destroy a policy: pushing log π up ends at log 1 = 0, pushing it down
+     never ends, and all completions share the weights. (README measures this without any ratio.)
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum, so that they are shares of 1.
 
@@ -86,8 +85,8 @@ from toy_tasks import TASKS, decode, encode
 # attention mask (who may look at whom): a causal one would make it a GPT, those of §2 make it a
 # block-diffusion model. Three details matter later. A token's position is given, not counted, so
 # that a noisy copy can sit at the positions of its original. [MASK] can be read and never written.
-# And `read` returns the keys and values of what it has read, the *cache*: no text is read twice. In
-# shapes: S tokens are read now, T is S plus the cached ones before; H heads of D features.
+# And `read` returns the keys and values of what it has read, the *cache*: no finished text is read
+# twice. In shapes: S tokens are read now, T is S plus the cached ones before; H heads, D features.
 
 def rotate(x, turns):
     """Rotary position embedding (Su et al. 2021), (..,S,D) -> (..,S,D): pairs of features are
@@ -210,7 +209,7 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     check_lengths(block_size, P, L)
     block = staircase_positions(P, L, copies, device) // block_size  # (S,) 0, 1, ..
     index = torch.arange(P + L + copies * L, device=device)  # (S,)
-    # (S,) k for noisy copy k, and 0 for the clean completion and (−1 before the clamp) the prompt
+    # (S,) k for noisy copy k; 0 for the clean completion and (negative before the clamp) the prompt
     copy = ((index - P) // L).clamp(min=0)
     from_block, to_block = block[:, None], block[None, :]
     from_copy, to_copy = copy[:, None], copy[None, :]
@@ -246,14 +245,14 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
     blocks, device = (num_seqs, copies, completion_len // block_size), generator.device
     m = torch.randint(1, block_size + 1, (*blocks, 1), generator=generator, device=device)
     lots = torch.rand(*blocks, block_size, generator=generator, device=device)  # (N, K, L/B, B)
-    rank = lots.argsort(-1).argsort(-1)  # argsort twice: the rank of each lot in its block
+    rank = lots.argsort(-1).argsort(-1)  # argsort twice gives ranks: .7 .1 .4 -> 2 0 1
     return (rank < m).flatten(-2)  # (N, K, L)
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool in pairs: in each block copy K/2 + k hides just the tokens that copy k shows, so
-    that no token is missed, and for B = 2 each counts once (ESPO, arXiv 2512.03759). Each copy
-    alone is distributed as in `sample_masks`: B−m is uniform on 0..B−1, and where it is 0 (copy k
-    showed nothing) the partner hides all B as well. AssertionError if K is odd."""
+    that no token is missed (ESPO, arXiv 2512.03759). Where copy k shows none, its partner hides all
+    as well: for B = 2 the pairs are (first, second), (second, first) and (both, both). So each copy
+    alone is distributed as in `sample_masks`. AssertionError if K is odd."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     first = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = first.unflatten(-1, (-1, block_size))  # (N, K/2, L/B, B)
@@ -266,9 +265,9 @@ MASKS = {"independent": sample_masks, "coupled": coupled_masks}
 def token_log_probs(model, prompts, completions, masks, block_size):
     """log p(y_i | its noisy block, the clean text before it) at every place i of every copy:
     prompts (M,P), completions (N,L), masks (N,K,L) bool -> (N,K,L). Where y_i is visible the value
-    means nothing: callers must leave it out. Each prompt stands for N/M completions in a row. The
-    prompt's rows of `staircase_mask` fill a cache, behind which one pass reads all other rows:
-    [completion | K noisy copies]. Its cost grows with (K·L)²."""
+    means nothing: callers must leave it out. Each prompt stands for N/M completions in a row. It is
+    read once, under the first P rows of `staircase_mask`, into a cache; then one pass under the
+    other rows reads [completion | K noisy copies]. Its cost grows with (K·L)²."""
     (N, K, L), P = masks.shape, prompts.shape[1]
     may_look = staircase_mask(P, L, block_size, K, prompts.device)  # (S, S), S = P + L + K·L
     positions = staircase_positions(P, L, K, prompts.device)  # (S,)
@@ -281,8 +280,9 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     return -F.cross_entropy(noisy_logits, targets, reduction="none").view(N, K, L)
 
 def elbo(model, prompts, completions, masks, block_size, **unused):
-    """L̂ in nats (N,): Monte-Carlo ELBO of log π(completion | prompt), a mean over K copies,
-    unbiased for `exact_elbo` (§5). Every block of every copy must have a hidden token."""
+    """L̂ in nats (N,): Monte-Carlo estimate, from K copies, of the ELBO of log π(completion |
+    prompt). Its mean over masks is `exact_elbo` (§5). Every block of every copy must hide a token.
+    """
     log_p = token_log_probs(model, prompts, completions, masks, block_size)  # (N, K, L)
     blocks = (-1, block_size)
     log_p, hidden = log_p.unflatten(-1, blocks), masks.unflatten(-1, blocks)  # (N, K, L/B, B)
@@ -357,10 +357,12 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 #
 # What exp makes of it. Let η be the noise of the difference L̂_θ − L̂_old: log ρ̂ = log ρ + η, so
 # ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation σ, then E[e^η] = e^(σ²/2): at σ = 2
-# nats ratios are 7 times too large on average, and a few huge ones make that average. K copies
-# lower σ as 1/√K, coupled masks lower it more. If L̂_θ uses the masks of L̂_old again
-# (--shared_masks), η nearly cancels; but the gradient of L̂_θ is as noisy as before. The other
-# error, the *bias* log π − ELBO, hardly moves in a few updates, and so cancels in the ratio.
+# nats ratios are 7 times too large on average, and a few huge ones make that average. (Real noise
+# is worse, since jumps like that 9.2 add up over blocks: of 256 ratios the largest is about 300 if
+# η is normal with σ = 2, and 6,000 to 10⁷ in the first batch of the main job.) K copies lower σ as
+# 1/√K, coupled masks lower it more. If L̂_θ uses the masks of L̂_old again (--shared_masks), η
+# nearly cancels; but the gradient of L̂_θ is as noisy as before. The other error, the *bias*
+# log π − ELBO, hardly moves in a few updates, and so cancels in the ratio.
 #
 # A ratio without noise. The sampler draws a completion y *and* the order o in which to write it.
 # The probability of the pair is a product over the steps: p(token | what was visible then), times
@@ -392,7 +394,8 @@ def every_pattern(model, prompts, completions, block_size):
 def exact_elbo(model, prompts, completions, block_size, **unused):
     """The mean of `elbo` over all masks that `sample_masks` may draw, weighted (N,): no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
-    # probability 1/B for the count m, 1/C(B,m) for the pattern; times the weight B/m of the ELBO
+    # probability 1/B of the count m, 1/C(B,m) of the pattern, times the weight B/m of the ELBO:
+    # 1/(C(B,m)·m)
     weights = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
     weights = log_p.new_tensor(weights)[:, None] * patterns  # (2^B−1, B)
     return (weights[:, None] * log_p).sum((1, 2, 3))
@@ -403,7 +406,8 @@ def exact_log_likelihood(model, prompts, completions, block_size, **unused):
     set h is hidden, and the rest is right. It comes from a state in which one more place i was
     hidden, too: it chose i, one of |h∪i| places, and wrote y_i there. So
         reach[h] = Σ_{i not in h} reach[h∪i] / |h∪i| · p(y_i while h∪i is hidden)
-    For B = 2: π = ½ p(a) p(b|a) + ½ p(b) p(a|b). B·2^(B−1) terms in place of B! orders."""
+    For B = 2: π = ½ p(a) p(b|a) + ½ p(b) p(a|b). For B = 6 these are 192 terms, and there are 720
+    orders, of 6 factors each."""
     _, log_p = every_pattern(model, prompts, completions, block_size)  # (N, 2^B−1, L/B, B)
     everything = 2**block_size - 1  # sets are integers: place i is hidden if bit i is 1
     log_reach = {everything: torch.zeros_like(log_p[:, 0, :, 0])}  # (N, L/B) each
@@ -412,7 +416,7 @@ def exact_log_likelihood(model, prompts, completions, block_size, **unused):
         for i in range(block_size):
             if hidden >> i & 1 == 0:  # i is visible now: it was the one that was written
                 before = hidden | (1 << i)
-                write_token = log_p[:, before - 1, :, i]  # (N, L/B); row 0 is set 1
+                write_token = log_p[:, before - 1, :, i]  # (N, L/B); set s is row s−1
                 ways.append(log_reach[before] + write_token - math.log(before.bit_count()))
         log_reach[hidden] = torch.stack(ways).logsumexp(0)
     return log_reach[0].sum(-1)
@@ -453,8 +457,8 @@ ESTIMATORS = {
 #     divisor       N              N                     Σ of the group's weights · number of groups
 # The open corner has a reason: a bad completion that has become likelier must be pulled back hard.
 # That is right for an exact ratio, which stays near 1. For an estimate, ρ̂ = 1,000 mostly says that
-# the noise was 6.9 nats. Clipping the gradient's norm to 1, as `train` does, shortens such a step;
-# its direction is still that of one bad completion.
+# the noise was 6.9 nats. `train` clips the gradient's norm to 1, with any loss: so what counts is
+# its direction, and that is now the one that makes a few bad completions less likely.
 #
 # StableDRL moves θ, for each group, along
 #     Σ_j w_j A_j g_j / Σ_j w_j,     w_j = clip(ρ̂_j, 1−ε, 1+ε)
@@ -464,14 +468,15 @@ ESTIMATORS = {
 #     line 1 alone (clip_only)   groups with large ratios outweigh the others
 #     line 2 alone (norm_only)   one outlier takes all the weight of its group
 #     no ratio (no_ratio)        all weigh 1/G, as if the policy were still the one that sampled
-# The price: no 0 in StableDRL's column. GRPO's zeros stop what the updates of a batch have moved
-# far enough: a good completion that is likelier by ε, a bad one that is less likely by ε. StableDRL
-# goes on. So ε means two things: GRPO's is a small trust region (0.2), StableDRL's cuts a long tail
-# (5 in the paper). Where all ρ̂ are 1, every loss here has the policy gradient, −mean A·g.
+# The price: no 0 in StableDRL's column. With GRPO, a completion that the updates of a batch have
+# moved by more than ε, a good one up or a bad one down, has weight 0 and is moved no further; with
+# StableDRL it is. So ε means two things: GRPO's (0.2) limits how far a batch may move the policy, a
+# *trust region*; StableDRL's (5 in the paper) cuts a long tail. Where all ρ̂ are 1, the gradient of
+# every loss here is that of Σ A·log π, the docstring's: −mean A·g.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,) -> (N,): (reward − mean of its group) / (standard deviation of its group). Equal
-    rewards give exactly 0. AssertionError as in `check_batch`."""
+    rewards give exactly 0: such a group teaches nothing. AssertionError as in `check_batch`."""
     check_batch(rewards, rewards, group_size)
     groups = rewards.view(-1, group_size)  # (M, G)
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
@@ -606,6 +611,7 @@ def train(config, base):
     there. FloatingPointError where a number is not finite, before that update is made."""
     task, B = TASKS[config.task], config.block_size
     G, mu = config.group_size, config.mu
+    loss_function, _ = LOSSES[config.loss]
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     model = new_model(config, base)
@@ -620,7 +626,8 @@ def train(config, base):
         measure_noise = log_is_due and B <= MAX_EXACT_BLOCK
 
         # (1) The old policy answers each prompt G times, and the answers are judged.
-        torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # for losses of your own
+        # A loss of your own may draw from torch's global stream, and still repeats itself.
+        torch.manual_seed(stream(config, f"yours {done}").initial_seed())
         rng = np.random.default_rng([config.seed, 1, done])
         texts, _ = task.sample(rng, config.prompts, "train")
         sampling = stream(config, f"samples {done}")
@@ -650,7 +657,7 @@ def train(config, base):
                 truth = exact_log_likelihood(model, **batch)
                 noise = log_ratio - (truth - old_truth)
                 recent["noise_std"].append(noise.std(correction=0).item())
-            loss = LOSSES[config.loss][0](log_ratio, advantages, config.clip_eps, G)
+            loss = loss_function(log_ratio, advantages, config.clip_eps, G)
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

@@ -105,14 +105,14 @@ def product_of(settings, **others):
     """One value for each of the settings, several for the others."""
     return {name: [value] for name, value in settings.items()} | others
 
-RATIOS = [{}, PAIR, {"estimator": ["exact"]}, {"copies": [2]}]  # 1.9, 0.3, 0 and 1.3 nats of noise
+RATIOS = [{}, PAIR, {"estimator": ["exact"]}, {"copies": [2]}, {"copies": [4]}, {"copies": [8]}]  # 1.9, 0.3, 0, 1.3, 1.0, 0.7 nats
 
-def wind_tunnel(mu, ratios):
+def wind_tunnel(mu):
     """Every objective at every noise."""
     common = {"mu": [mu], **SHORT}
     return [
         product
-        for ratio in ratios
+        for ratio in RATIOS
         for product in (
             {"loss": OBJECTIVES, **ratio, **common}, {"loss": ["stabledrl"], "clip_eps": [1.0], **ratio, **common})]
 
@@ -122,22 +122,21 @@ GRIDS = {  # a grid is a list of products
         {"loss": ["stabledrl"], "seed": FIVE}],
     "blocks": [{"block_size": [1, 2], "loss": BOTH, "updates": [600], "seed": FIVE}],
     "lr": [{"loss": BOTH, "lr": [5e-5, 1e-4, 2e-4, 4e-4], **SHORT}],
-    "tunnel": wind_tunnel(2, [*RATIOS, {"copies": [4]}]),
+    "tunnel": wind_tunnel(2),
     "ratio": [
         {"loss": BOTH, "estimator": ["trajectory", "mean_field", "exact_elbo"], **SHORT},
         {"loss": BOTH, "shared_masks": [1], **SHORT},
         {"loss": BOTH, "shared_masks": [1], **PAIR, **SHORT}],
     "blocks_sudoku": [product_of(SUDOKU, loss=BOTH, block_size=[1, 2, 4], **SHORT)],
-    "reuse": wind_tunnel(8, RATIOS),
+    "reuse": wind_tunnel(8),
     "spikes": [{"loss": [f"spiked_{name}" for name in SPIKED], "shared_masks": [1], **SHORT}],
     "one_sided": [{"loss": [*ONE_SIDED], "estimator": ["elbo", "exact"], **SHORT}],
     "release": [{"loss": ["stabledrl"], "estimator": ["mean_over_masked"], "clip_eps": [4.0], "copies": [2],
                  "max_grad_norm": [0.2], "mu": [2, 8], **SHORT}],
     "parts": [
-        {"loss": ["norm_only"], "mu": [2, 8], **SHORT},
-        {"loss": ["stabledrl"], "clip_eps": [0.2, 100.0, 1000.0], "mu": [2, 8], **SHORT}],
+        {"loss": ["norm_only", "no_ratio", "clip_only", "dual_clip", "grpo"], "mu": [2, 8], "updates": [600], "seed": FIVE},
+        {"loss": ["stabledrl"], "clip_eps": [0.2, 1.0, 5.0, 100.0, 1000.0], "mu": [2, 8], "updates": [600], "seed": FIVE}],
     "epsilon_4": [{"mu": [2, 8], "loss": ["stabledrl"], "clip_eps": [4.0], **SHORT}],
-    "eight_copies": [{"loss": BOTH, "copies": [8], **SHORT}],
     "tasks": [product_of(S.TASKS[name].defaults, task=[name], loss=BOTH, **SHORT) for name in ("chain", "countdown")],
     "trust": [{"loss": BOTH, "clip_eps": [0.2, 5.0], "lr": [1e-4, 2e-4, 4e-4], "mu": [2, 8], **PAIR, **SHORT}],
 }
@@ -222,6 +221,31 @@ def measure(grids):
             if not done:
                 S.run_folder(config).mkdir(exist_ok=True)
                 (S.run_folder(config) / "failed").touch()
+
+# ---- Who moves the policy at the first update --------------------------------------------------------------------------------
+
+def measure_shares():
+    """At the first update of ten batches of each of five base policies (ρ = 1, settings of the main job): the share of the
+    bad answers, and of the heaviest single answer, in Σ |weight·A|, by loss, into shares.json."""
+    found = {loss: {"bad answers": [], "heaviest answer": []} for loss in BOTH}
+    for seed, number in itertools.product(FIVE, range(10)):
+        config = S.Config(seed=seed, out=OUT, resume=1)
+        task, model = S.TASKS[config.task], S.new_model(config, S.base_policy(config))
+        texts, _ = task.sample(np.random.default_rng([3, seed, number]), config.prompts, "train")
+        stream = S.stream(config, f"shares {number}")
+        batch, rewards = S.answer(model, task, texts, config.block_size, samples=config.group_size, generator=stream)
+        advantages = S.group_advantages(rewards, config.group_size)
+        masks = [S.sample_masks(*batch["completions"].shape[:1], 1, task.completion_len, 2, stream) for _ in range(2)]
+        with torch.no_grad():
+            log_ratio = S.elbo(model, masks=masks[0], **batch) - S.elbo(model, masks=masks[1], **batch)
+        for loss, shares in found.items():
+            leaf = log_ratio.clone().requires_grad_()
+            function, eps = S.LOSSES[loss]
+            function(leaf, advantages, eps, config.group_size).backward()  # leaf.grad: −weight·A / divisor
+            share = leaf.grad.abs() / leaf.grad.abs().sum()
+            shares["bad answers"].append(short(share[advantages < 0].sum().item()))
+            shares["heaviest answer"].append(short(share.max().item()))
+    (HERE / "shares.json").write_text(json.dumps(found) + "\n")
 
 # ---- Price list of estimators ---------------------------------------------------------------------------------------------
 
@@ -336,6 +360,9 @@ def noise_of(name):
 def median_of(lines, column):
     return [statistics.median(line[column]) for line in lines if line[column]]
 
+def shares():
+    return json.loads((HERE / "shares.json").read_text())
+
 def main_table(runs):
     rows = []
     policies = {"GRPO, estimate": ("grpo", "elbo"), "GRPO, exact ratio": ("grpo", "exact"),
@@ -422,9 +449,10 @@ def parts_table(runs):
     for name, settings in PARTS.items():
         row = [name]
         for mu in (2, 8):
-            stable = runs.times(loss="stabledrl", mu=mu, updates=600)
-            behind = [b - a for a, b in zip(stable, runs.times(mu=mu, updates=600, **settings))]
-            row += [runs.cell(mu=mu, updates=600, **settings), spread_of(behind, "{:+.2f}").replace("± +", "± ")]
+            common = {"seeds": FIVE, "mu": mu, "updates": 600}
+            stable = runs.times(loss="stabledrl", **common)
+            behind = [b - a for a, b in zip(stable, runs.times(**common, **settings))]
+            row += [runs.cell(**common, **settings), spread_of(behind, "{:+.2f}").replace("± +", "± ")]
         rows.append(row)
     return table(["", "μ = 2", "against StableDRL, seed by seed", "μ = 8", "against StableDRL, seed by seed"], rows)
 
@@ -470,11 +498,18 @@ def one_sided_table(runs):
     head = ["what a step learns from", "estimate: times the base", "drift, nats", "exact: times the base", "drift, nats"]
     return table(head, rows)
 
+def shares_table(runs):
+    rows = []
+    for name, loss in (("GRPO", "grpo"), ("StableDRL", "stabledrl")):
+        cells = [" / ".join(f"{quartile:.2f}" for quartile in statistics.quantiles(values)) for values in shares()[loss].values()]
+        rows.append([name, *cells])
+    return table(["quartiles over 50 batches", "share of all bad answers", "share of the heaviest answer"], rows)
+
 TABLES = {
     "main": main_table, "lr": lr_table, "blocks": blocks_table, "loop": loop_table, "ratio": ratio_table,
     "prices": price_table, "tunnel 2": tunnel_table(2), "tunnel 8": tunnel_table(8), "parts": parts_table,
     "spikes": spikes_table, "release": release_table, "tasks": tasks_table, "trust": trust_table,
-    "one_sided": one_sided_table}
+    "shares": shares_table, "one_sided": one_sided_table}
 
 def page_with_tables(page):
     """The page's text with every table between its markers made anew from the kept lines."""
@@ -499,15 +534,23 @@ def band(axis, x, series, label, alpha=0.15, **style):
     lower, upper = [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)]
     axis.fill_between(x, lower, upper, color=line.get_color(), alpha=alpha, linewidth=0)
 
+def draw_shares(axis):
+    """Bars: who has the weight of a first step, median over batches."""
+    for i, loss in enumerate(BOTH):
+        medians = [100 * statistics.median(values) for values in shares()[loss].values()]
+        bars = axis.bar([0.2 + 0.4 * i, 1.2 + 0.4 * i], medians, 0.4, color=COLOURS[loss])
+        axis.bar_label(bars, fmt="%.0f", fontsize=8)
+    axis.set(title="B = 2: % of a step's weight", xticks=[0.4, 1.4], ylim=(0, 120))
+    axis.set_xticklabels(["all bad\nanswers", "heaviest\nanswer"])
+
 def draw_blocks(plt, runs):
     figure, axes = plt.subplots(2, 4, figsize=(9, 4.6), layout="constrained")
     for row, task in zip(axes, PRICE_SETTINGS):
         noises = {loss: [] for loss in BOTH}
         for axis, B in zip(row, (1, 2, 4)):
             settings = dict(PRICE_SETTINGS[task], updates=600, block_size=B, seeds=FIVE)
-            if task == "addition" and B == 4:
-                axis.axis("off")
-                axis.text(0.5, 0.5, "prompts have\n6 places: no\nblocks of 4", ha="center", va="center")
+            if task == "addition" and B == 4:  # no blocks of 4, as prompts have 6 tokens
+                draw_shares(axis)
                 continue
             for loss in BOTH:
                 lines = runs.of(loss=loss, **settings)
@@ -516,31 +559,37 @@ def draw_blocks(plt, runs):
                     rewards = [[(line["reward"] + [0.0] * 15)[i] for line in lines] for i in range(15)]
                     band(axis, updates, rewards, {"grpo": "GRPO", "stabledrl": "StableDRL"}[loss], color=COLOURS[loss])
                     noises[loss].append((B, statistics.mean(line["spread"][-1] for line in lines if line["spread"])))
-                    axis.axhline(statistics.mean(line["base"] for line in lines), color="grey", linestyle=":")
-            axis.set(title=f"{task}, B = {B}" + " (a GPT)" * (B == 1), xlabel="update", ylim=(0, None))
+                    base = statistics.mean(line["base"] for line in lines)
+            axis.axhline(base, color="grey", linestyle=":", label="base policy, before RL")
+            axis.set(title=f"{task}, B = {B}" + " (a GPT)" * (B == 1), xlabel="update (μ = 2 per batch)", ylim=(0, None))
         for loss in BOTH:
             row[3].plot(*zip(*noises[loss]), "o-", color=COLOURS[loss])
-        row[3].set(title="noise of log ρ̂, nats", xlabel="B", xticks=[1, 2, 4], ylim=(-0.2, None))
-        row[0].set_ylabel("reward")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        row[3].set(title="noise at the end, nats", xlabel="B", xticks=[1, 2, 4], ylim=(-0.2, None))
+        row[0].set_ylabel("reward, mean of seeds ± std")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(FIGURES / "blocks.svg")
 
 def draw_tunnel(plt, runs):
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
     x_of = {name: noise_of(name) for name in AIRS}
-    styles = dict(zip(TUNNEL, ["o-", "s-", "s--", "s:", "^-", "D-", "v-", "x--", "+--"]))
-    colours = dict(zip(TUNNEL, ["tab:red", "tab:blue", "tab:blue", "tab:blue", "tab:cyan", "tab:green", "tab:orange",
+    styles = dict(zip(TUNNEL, ["o-", "s-", "s--", "P-", "^-", "D-", "v-", "x--", "+--"]))
+    colours = dict(zip(TUNNEL, ["tab:red", "tab:blue", "tab:blue", "tab:purple", "tab:cyan", "tab:green", "tab:orange",
                                 "black", "grey"]))
+    shown = {"GRPO": "GRPO (± std)", "StableDRL, ε = 5": "StableDRL, ε = 5 (± std)"}
     for axis, mu in zip(axes, (2, 8)):
         for name, settings in TUNNEL.items():
             if name != "StableDRL, ε = 4":  # lies on ε = 5
                 points = {air: runs.times(mu=mu, updates=600, **settings, **AIRS[air]) for air in AIRS}
                 points = {x_of[air]: values for air, values in points.items() if values}
-                alpha = 0.15 if name in ("GRPO", "StableDRL, ε = 5") else 0  # the bands of the others lie on each other
-                band(axis, list(points), list(points.values()), name.replace("`", ""), alpha, color=colours[name],
+                alpha = 0.15 if name in shown else 0  # the bands of the others lie on each other
+                label = shown.get(name, name.replace("`", ""))
+                band(axis, list(points), list(points.values()), label, alpha, color=colours[name],
                      marker=styles[name][0], linestyle=styles[name][1:], markersize=5)
         axis.axhline(1, color="grey", linestyle=":", linewidth=1)
-        axis.set(title=f"μ = {mu} updates per batch", xlabel="noise of log ρ̂ at the base policy, nats", ylim=(0, None))
+        axis.annotate("the base policy, before RL", (0.02, 1.02), fontsize=8, color="grey")
+        axis.set(title=f"μ = {mu} updates per batch, {600 // mu} batches", ylim=(0, None))
+        axis.set_xlabel("noise of log ρ̂ in nats, and the estimate that has it")
+        axis.set_xticks(list(x_of.values()), [f"{x:.1f}\n{name.replace('coupled, K = 2', 'pair')}" for name, x in x_of.items()])
     axes[0].set_ylabel("reward after 600 updates, times the base")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(FIGURES / "tunnel.svg")
@@ -576,6 +625,8 @@ def main(arguments):
         measure(arguments or GRIDS)
         if not (HERE / "prices.json").exists():
             measure_prices()
+        if not (HERE / "shares.json").exists():
+            measure_shares()
     keep()
     page = HERE / "README.md"
     page.write_text(page_with_tables(page.read_text()))

@@ -135,6 +135,13 @@ def test_the_page_agrees_with_the_kept_lines():
     for values in by_hand.values():
         assert f"**{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}**" in page and len(values) == 5
 
+def test_who_has_the_weight_of_a_first_step_as_readme_says():
+    readme = (HERE.parents[1] / "README.md").read_text()
+    found = {loss: [f"{100 * statistics.median(v):.0f} %" for v in s.values()] for loss, s in measure.shares().items()}
+    bad, heaviest = found["grpo"]
+    assert f"bad answers have {bad}, a single one of 256 has {heaviest}" in readme
+    assert f"(StableDRL: {found['stabledrl'][0][:-2]} and {found['stabledrl'][1]}; medians)" in readme
+
 def test_kept_lines_are_those_of_the_grids():
     """No line that no grid asks for, none twice, and every line that is not marked as failed is whole."""
     seen = set()
