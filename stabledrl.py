@@ -27,7 +27,7 @@ Why GRPO breaks on such a model:
   3. GRPO clips ρ̂ to [1−ε, 1+ε], but only where that lowers the objective (§6): with ρ̂ = 10,000 a
      good completion (A > 0) counts 0, and a bad one (A < 0) 10,000. So a step hardly does anything
      but make bad completions less likely, those with the largest noise. (Measured: they have all
-     of its weight, a single one of 256 has 63 %; with StableDRL 55 % and 5 %; medians.)
+     of its weight, a single one of 256 has 63 %; with StableDRL 55 and 5 %; medians of 50 batches.)
   4. Steps that only unlearn destroy a policy: pushing log π up ends at log 1 = 0, pushing it down
      never ends, and all completions share the weights. (README measures this without any ratio.)
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
@@ -306,8 +306,8 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
              generator=None, samples=1, return_steps=False):
     """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples; with
     return_steps also (N,L) long, at which step of its block, 0..B−1, a place was written.
-    temperature divides the logits; 0 takes the likeliest token. AssertionError for a wrong order,
-    if P or L is no multiple of B, or if a probability is not finite."""
+    temperature divides the logits; 0 takes the likeliest token. (Likelihoods are those of 1, §5.)
+    AssertionError for a wrong order, if P or L is no multiple of B, or for logits not finite."""
     prompts = torch.as_tensor(prompts)
     (M, P), L, B, device = prompts.shape, completion_len, block_size, prompts.device
     check_lengths(B, P, L)
@@ -398,7 +398,7 @@ def exact_elbo(model, prompts, completions, block_size, **unused):
     # 1/(C(B,m)·m)
     weights = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
     weights = log_p.new_tensor(weights)[:, None] * patterns  # (2^B−1, B)
-    return (weights[:, None] * log_p).sum((1, 2, 3))
+    return (weights[:, None] * log_p).sum((1, 2, 3))  # (2^B−1, 1, B) · (N, 2^B−1, L/B, B)
 
 def exact_log_likelihood(model, prompts, completions, block_size, **unused):
     """log π(completion | prompt) in nats (N,), of `generate` with order="random" and temperature=1.
@@ -414,8 +414,8 @@ def exact_log_likelihood(model, prompts, completions, block_size, **unused):
     for hidden in range(everything - 1, -1, -1):  # a set with one bit more is a larger number
         ways = []
         for i in range(block_size):
-            if hidden >> i & 1 == 0:  # i is visible now: it was the one that was written
-                before = hidden | (1 << i)
+            if hidden >> i & 1 == 0:  # i is not in the set: it is the one that was written
+                before = hidden + 2**i  # the set with i in it
                 write_token = log_p[:, before - 1, :, i]  # (N, L/B); set s is row s−1
                 ways.append(log_reach[before] + write_token - math.log(before.bit_count()))
         log_reach[hidden] = torch.stack(ways).logsumexp(0)
@@ -545,7 +545,7 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size):
 # ==== §8  Training ================================================================================
 # What it teaches: where the old and the new policy part, in one loop, `train`. A batch of
 # completions is sampled, scored by the policy as it is ("old"), and used for μ updates. At the
-# first θ = θ_old and every ρ is 1; later not. The *estimate* ρ̂ is noisy at the first as well, as
+# first update θ = θ_old and every ρ is 1; later not. The *estimate* ρ̂ is noisy at the first, too, as
 # L̂_θ draws its own masks (as in the paper; --shared_masks changes that). Prompts, samples and masks
 # each have a random stream of their own, made from seed and batch: so with one seed all losses
 # start from the same base and see the same prompts, whatever else they draw.
@@ -671,13 +671,13 @@ def train(config, base):
 
         # (4) A line of the log, and a checkpoint.
         if log_is_due:
-            row = {"update": update, "accuracy": accuracy(model, task, B)}
+            row = {"update": done + mu, "accuracy": accuracy(model, task, B)}
             for name, values in recent.items():
                 row[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
             row["seconds"] = time.perf_counter() - began
             rows.append(row)
             save(config, model, optimizer, rows)
-            say(f"{run_name(config)}  update {update}  reward {row['reward']:.3f}")
+            say(f"{run_name(config)}  update {done + mu}  reward {row['reward']:.3f}")
             recent.clear()
     return model, rows
 
@@ -765,8 +765,8 @@ class Config(BaseConfig):
         counts = "block_size n_layer n_head copies prompts group_size mu updates log_every"
         for name in counts.split():
             assert getattr(self, name) >= 1, f"--{name} must be at least 1"
-        assert min(self.clip_eps, self.max_grad_norm, self.seed) >= 0, (
-            "--clip_eps, --max_grad_norm and --seed must be at least 0")
+        for name in "seed clip_eps max_grad_norm".split():
+            assert getattr(self, name) >= 0, f"--{name} must be at least 0"
         assert self.log_every % self.mu == 0, "--log_every must be a multiple of --mu"
         assert self.updates % self.log_every == 0, "--updates must be a multiple of --log_every"
 

@@ -140,7 +140,7 @@ def test_who_has_the_weight_of_a_first_step_as_readme_says():
     found = {loss: [f"{100 * statistics.median(v):.0f} %" for v in s.values()] for loss, s in measure.shares().items()}
     bad, heaviest = found["grpo"]
     assert f"bad answers have {bad}, a single one of 256 has {heaviest}" in readme
-    assert f"(StableDRL: {found['stabledrl'][0][:-2]} and {found['stabledrl'][1]}; medians)" in readme
+    assert f"(StableDRL: {found['stabledrl'][0][:-2]} and {found['stabledrl'][1]}; medians of 50 batches)" in readme
 
 def test_kept_lines_are_those_of_the_grids():
     """No line that no grid asks for, none twice, and every line that is not marked as failed is whole."""
