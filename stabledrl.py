@@ -394,8 +394,7 @@ def every_pattern(model, prompts, completions, block_size):
 def exact_elbo(model, prompts, completions, block_size, **unused):
     """The mean of `elbo` over all masks that `sample_masks` may draw, weighted (N,): no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
-    # probability 1/B of the count m, 1/C(B,m) of the pattern, times the weight B/m of the ELBO:
-    # 1/(C(B,m)·m)
+    # count m has probability 1/B, then the pattern 1/C(B,m); times the ELBO's B/m: 1/(C(B,m)·m)
     weights = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
     weights = log_p.new_tensor(weights)[:, None] * patterns  # (2^B−1, B)
     return (weights[:, None] * log_p).sum((1, 2, 3))  # (2^B−1, 1, B) · (N, 2^B−1, L/B, B)
@@ -545,10 +544,10 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size):
 # ==== §8  Training ================================================================================
 # What it teaches: where the old and the new policy part, in one loop, `train`. A batch of
 # completions is sampled, scored by the policy as it is ("old"), and used for μ updates. At the
-# first update θ = θ_old and every ρ is 1; later not. The *estimate* ρ̂ is noisy at the first, too, as
-# L̂_θ draws its own masks (as in the paper; --shared_masks changes that). Prompts, samples and masks
-# each have a random stream of their own, made from seed and batch: so with one seed all losses
-# start from the same base and see the same prompts, whatever else they draw.
+# first update θ = θ_old and every ρ is 1; later not. The *estimate* ρ̂ is noisy at the first, too,
+# as L̂_θ draws its own masks (as in the paper; --shared_masks changes that). Prompts, samples and
+# masks each have a random stream of their own, made from seed and batch: so with one seed all
+# losses start from the same base and see the same prompts, whatever else they draw.
 
 def stream(config, purpose):
     """A random generator for one purpose, a string: no other purpose draws from it."""
