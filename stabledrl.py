@@ -26,8 +26,8 @@ Why GRPO breaks on such a model:
   2. exp magnifies noise: completions whose ρ is 1 get a ρ̂ of 10,000 (§5).
   3. GRPO clips ρ̂ to [1−ε, 1+ε], but only where that lowers the objective (§6): with ρ̂ = 10,000 a
      good completion (A > 0) counts 0, and a bad one (A < 0) 10,000. So a step hardly does anything
-     but make bad completions less likely, those with the largest noise. (Measured: they have all
-     of its weight, a single one of 256 has 63 %; with StableDRL 55 and 5 %; medians of 50 batches.)
+     but make bad completions less likely, those with the largest noise. (Measured: of Σ weight·|A|
+     over 256 completions the bad ones have 100 %, a single one 63 %; with StableDRL 55 and 5 %.)
   4. Steps that only unlearn destroy a policy: pushing log π up ends at log 1 = 0, pushing it down
      never ends, and all completions share the weights. (README measures this without any ratio.)
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
@@ -471,7 +471,7 @@ ESTIMATORS = {
 # moved by more than ε, a good one up or a bad one down, has weight 0 and is moved no further; with
 # StableDRL it is. So ε means two things: GRPO's (0.2) limits how far a batch may move the policy, a
 # *trust region*; StableDRL's (5 in the paper) cuts a long tail. Where all ρ̂ are 1, the gradient of
-# every loss here is that of Σ A·log π, the docstring's: −mean A·g.
+# every loss here is −mean A·g: a step up the docstring's Σ A·log π, with L̂ for log π.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,) -> (N,): (reward − mean of its group) / (standard deviation of its group). Equal
@@ -516,7 +516,7 @@ LOSSES = {
     "grpo": (grpo_loss, 0.2),
     "stabledrl": (stabledrl_loss, 5.0),
     "clip_only": (functools.partial(stabledrl_loss, normalise=False), 5.0),  # without line 2
-    "norm_only": (stabledrl_loss, 1e30),  # without line 1: nothing reaches this ε
+    "norm_only": (stabledrl_loss, 1e30),  # without line 1: no ρ̂ reaches this ε
     "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
 }
 
@@ -625,7 +625,7 @@ def train(config, base):
         measure_noise = log_is_due and B <= MAX_EXACT_BLOCK
 
         # (1) The old policy answers each prompt G times, and the answers are judged.
-        # A loss of your own may draw from torch's global stream, and still repeats itself.
+        # For a loss of your own that draws from torch's global stream: a resumed run repeats it.
         torch.manual_seed(stream(config, f"yours {done}").initial_seed())
         rng = np.random.default_rng([config.seed, 1, done])
         texts, _ = task.sample(rng, config.prompts, "train")

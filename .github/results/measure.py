@@ -130,6 +130,10 @@ GRIDS = {  # a grid is a list of products
     "blocks_sudoku": [product_of(SUDOKU, loss=BOTH, block_size=[1, 2, 4], **SHORT)],
     "reuse": wind_tunnel(8),
     "spikes": [{"loss": [f"spiked_{name}" for name in SPIKED], "shared_masks": [1], **SHORT}],
+    "unclipped": [{"loss": BOTH, "max_grad_norm": [1e9], **SHORT}],
+    "long": [
+        {"loss": BOTH, "updates": [2400], "seed": SEEDS},
+        {"loss": ["grpo"], "estimator": ["exact"], "updates": [2400], "seed": SEEDS}],
     "one_sided": [{"loss": [*ONE_SIDED], "estimator": ["elbo", "exact"], **SHORT}],
     "release": [{"loss": ["stabledrl"], "estimator": ["mean_over_masked"], "clip_eps": [4.0], "copies": [2],
                  "max_grad_norm": [0.2], "mu": [2, 8], **SHORT}],
@@ -376,6 +380,14 @@ def main_table(runs):
             spread_of(median_of(lines, "noise_std"), "{:.1f}")])
     return table(["policy", "times the base", "each seed", "reward", "accuracy", "noise, nats"], rows)
 
+def length_table(runs):
+    rows = []
+    for name, policy in {"GRPO, estimate": {"loss": "grpo"}, "GRPO, exact ratio": {"loss": "grpo", "estimator": "exact"},
+                         "StableDRL, estimate": {"loss": "stabledrl"}}.items():
+        rows.append([name, *(runs.cell(updates=updates, **policy) for updates in (600, 1200, 2400)),
+                     runs.cell(updates=600, max_grad_norm=1e9, **policy)])
+    return table(["three seeds", "600 updates", "1,200", "2,400", "600, norm not clipped"], rows)
+
 def lr_table(runs):
     rates = [5e-5, 1e-4, 2e-4, 4e-4]
     rows = [[name] + [runs.cell(loss=loss, lr=rate, updates=600) for rate in rates]
@@ -506,7 +518,7 @@ def shares_table(runs):
     return table(["quartiles over 50 batches", "share of all bad answers", "share of the heaviest answer"], rows)
 
 TABLES = {
-    "main": main_table, "lr": lr_table, "blocks": blocks_table, "loop": loop_table, "ratio": ratio_table,
+    "main": main_table, "length": length_table, "lr": lr_table, "blocks": blocks_table, "loop": loop_table, "ratio": ratio_table,
     "prices": price_table, "tunnel 2": tunnel_table(2), "tunnel 8": tunnel_table(8), "parts": parts_table,
     "spikes": spikes_table, "release": release_table, "tasks": tasks_table, "trust": trust_table,
     "shares": shares_table, "one_sided": one_sided_table}
