@@ -68,7 +68,7 @@ import random
 import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +208,7 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     P, L = prompt_len, completion_len
     check_lengths(block_size, P, L)
     block = staircase_positions(P, L, copies, device) // block_size  # (S,) 0, 1, ..
-    index = torch.arange(P + L + copies * L, device=device)  # (S,)
+    index = torch.arange(len(block), device=device)  # (S,)
     # (S,) k for noisy copy k; 0 for the clean completion and (negative before the clamp) the prompt
     copy = ((index - P) // L).clamp(min=0)
     from_block, to_block = block[:, None], block[None, :]
@@ -714,6 +714,8 @@ def load(path):
     """What save_as saved: a dict. ValueError if the file is damaged."""
     try:
         return torch.load(path)  # weights only, torch's default: a hostile file runs no code
+    except PermissionError:
+        raise
     except Exception:  # damage shows in many ways
         raise ValueError(f"{path} is damaged: delete it, and it is made anew") from None
 
@@ -761,11 +763,11 @@ class Config(BaseConfig):
             self.block_size = TASKS[self.task].block_size
         if self.clip_eps is None:
             self.clip_eps = LOSSES[self.loss][1]
-        counts = "block_size n_layer n_head copies prompts group_size mu updates log_every"
+        counts = "block_size d_model n_layer n_head copies prompts group_size mu updates log_every"
         for name in counts.split():
             assert getattr(self, name) >= 1, f"--{name} must be at least 1"
-        for name in "seed clip_eps max_grad_norm".split():
-            assert getattr(self, name) >= 0, f"--{name} must be at least 0"
+        for name in "seed base_accuracy clip_eps lr max_grad_norm".split():
+            assert 0 <= getattr(self, name) < math.inf, f"--{name} must be finite, and at least 0"
         assert self.log_every % self.mu == 0, "--log_every must be a multiple of --mu"
         assert self.updates % self.log_every == 0, "--updates must be a multiple of --log_every"
 
@@ -808,7 +810,7 @@ def check(config):
     folder = run_folder(config)
     if folder.exists() and not config.resume:
         raise ValueError(f"{folder} exists: --resume it, or choose another --out")
-    Path(config.out).mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
 
 def parse(argv):
     """Command line -> list of Config. Bad input: one line, status 2, before any work."""
@@ -829,8 +831,9 @@ def parse(argv):
         configs = []
         for point in points:
             task = TASKS[point.get("task", "addition")]
-            configs.append(Config(**(task.defaults | point)))
-            check(configs[-1])
+            config = Config(**(task.defaults | point))
+            check(config)
+            configs.append(config)
     except (ValueError, OSError, AssertionError, RuntimeError, TypeError) as error:
         parser.error(" ".join(str(error).split()))  # in one line
     return configs
@@ -879,7 +882,7 @@ def plot(folders, out):
             axis.plot(updates, [row[column] for row in rows], label=folder.name)
             axis.set(title=column, xlabel="update", yscale=scale)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
-    figure.savefig(Path(out, "plot.svg"))
+    figure.savefig(f"{out}/plot.svg")
 
 def main(argv=None):
     """Run what the command line asks for. Status 2 for bad input, 1 if a run failed."""
@@ -898,7 +901,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+    except (OSError, ValueError, BrokenExecutor) as error:  # TimeoutError is an OSError
         sys.exit(f"stabledrl.py: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command with --resume goes on from the last lines")
