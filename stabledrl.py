@@ -29,7 +29,7 @@ Why GRPO breaks on such a model:
      but make bad completions less likely, those with the largest noise. (Measured: of Σ weight·|A|
      over 256 completions the bad ones have 100 %, a single one 63 %; with StableDRL 55 and 5 %.)
   4. Steps that only unlearn destroy a policy: pushing log π up ends at log 1 = 0, pushing it down
-     never ends, and all completions share the weights. (README measures this without any ratio.)
+     never ends, and all completions share θ. (README measures this without any ratio.)
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum, so that they are shares of 1.
 
@@ -493,7 +493,8 @@ def check_batch(log_ratio, advantages, group_size):
 def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     """GRPO without KL term: log_ratio (N,), advantages (N,) -> scalar. group_size is not used."""
     check_batch(log_ratio, advantages, group_size)
-    # float32 ends at e^88: stop at e^80. Subtract, as clamping log_ratio would zero its gradient.
+    # float32 ends at e^88: stop at e^80. (The norm of the gradient, a root of squares, may still be
+    # infinite: then `train` stops.) Subtract, as clamping log_ratio would zero its gradient.
     overflow = (log_ratio - 80).clamp(min=0).detach()
     ratio = (log_ratio - overflow).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
