@@ -105,21 +105,27 @@ def product_of(settings, **others):
     """One value for each of the settings, several for the others."""
     return {name: [value] for name, value in settings.items()} | others
 
-RATIOS = [{}, PAIR, {"estimator": ["exact"]}, {"copies": [2]}, {"copies": [4]}, {"copies": [8]}]  # 1.9, 0.3, 0, 1.3, 1.0, 0.7 nats
+POLICIES = {  # of the main job
+    "GRPO, estimate": {"loss": "grpo"}, "GRPO, exact ratio": {"loss": "grpo", "estimator": "exact"},
+    "StableDRL, estimate": {"loss": "stabledrl"}}
+AIRS = {  # the wind tunnel's noises: name in PRICES -> settings
+    "exact": {"estimator": "exact"}, "coupled, K = 2": {"masks": "coupled", "copies": 2}, "K = 8": {"copies": 8},
+    "K = 4": {"copies": 4}, "K = 2": {"copies": 2}, "K = 1": {}}
+PARTS = {"`no_ratio`, ε = 0": {"loss": "no_ratio"}}
+PARTS |= {f"StableDRL, ε = {eps:,g}": {"loss": "stabledrl", "clip_eps": eps} for eps in (0.2, 1.0, 5.0, 100.0, 1000.0)}
+PARTS |= {"`norm_only`, ε = ∞": {"loss": "norm_only"}, "`clip_only`, ε = 5, divided by G": {"loss": "clip_only"},
+          "dual clip": {"loss": "dual_clip"}, "GRPO": {"loss": "grpo"}}
 
 def wind_tunnel(mu):
     """Every objective at every noise."""
-    common = {"mu": [mu], **SHORT}
-    return [
-        product
-        for ratio in RATIOS
-        for product in (
-            {"loss": OBJECTIVES, **ratio, **common}, {"loss": ["stabledrl"], "clip_eps": [1.0], **ratio, **common})]
+    products = []
+    for air in AIRS.values():
+        common = product_of(air, mu=[mu], **SHORT)
+        products += [{"loss": OBJECTIVES, **common}, {"loss": ["stabledrl"], "clip_eps": [1.0], **common}]
+    return products
 
 GRIDS = {  # a grid is a list of products
-    "main": [
-        {"loss": ["grpo"], "estimator": ["elbo", "exact"], "seed": FIVE},
-        {"loss": ["stabledrl"], "seed": FIVE}],
+    "main": [product_of(policy, seed=FIVE) for policy in POLICIES.values()],
     "blocks": [{"block_size": [1, 2], "loss": BOTH, "updates": [600], "seed": FIVE}],
     "lr": [{"loss": BOTH, "lr": [5e-5, 1e-4, 2e-4, 4e-4], **SHORT}],
     "tunnel": wind_tunnel(2),
@@ -131,15 +137,11 @@ GRIDS = {  # a grid is a list of products
     "reuse": wind_tunnel(8),
     "spikes": [{"loss": [f"spiked_{name}" for name in SPIKED], "shared_masks": [1], **SHORT}],
     "unclipped": [{"loss": BOTH, "max_grad_norm": [1e9], **SHORT}],
-    "long": [
-        {"loss": BOTH, "updates": [2400], "seed": SEEDS},
-        {"loss": ["grpo"], "estimator": ["exact"], "updates": [2400], "seed": SEEDS}],
+    "long": [product_of(policy, updates=[2400], seed=SEEDS) for policy in POLICIES.values()],
     "one_sided": [{"loss": [*ONE_SIDED], "estimator": ["elbo", "exact"], **SHORT}],
     "release": [{"loss": ["stabledrl"], "estimator": ["mean_over_masked"], "clip_eps": [4.0], "copies": [2],
                  "max_grad_norm": [0.2], "mu": [2, 8], **SHORT}],
-    "parts": [
-        {"loss": ["norm_only", "no_ratio", "clip_only", "dual_clip", "grpo"], "mu": [2, 8], "updates": [600], "seed": FIVE},
-        {"loss": ["stabledrl"], "clip_eps": [0.2, 1.0, 5.0, 100.0, 1000.0], "mu": [2, 8], "updates": [600], "seed": FIVE}],
+    "parts": [product_of(part, mu=[2, 8], updates=[600], seed=FIVE) for part in PARTS.values()],
     "epsilon_4": [{"mu": [2, 8], "loss": ["stabledrl"], "clip_eps": [4.0], **SHORT}],
     "tasks": [product_of(S.TASKS[name].defaults, task=[name], loss=BOTH, **SHORT) for name in ("chain", "countdown")],
     "trust": [{"loss": BOTH, "clip_eps": [0.2, 5.0], "lr": [1e-4, 2e-4, 4e-4], "mu": [2, 8], **PAIR, **SHORT}],
@@ -232,23 +234,25 @@ def measure_shares():
     """At the first update of ten batches of each of five base policies (ρ = 1, settings of the main job): the share of the
     bad answers, and of the heaviest single answer, in Σ |weight·A|, by loss, into shares.json."""
     found = {loss: {"bad answers": [], "heaviest answer": []} for loss in BOTH}
-    for seed, number in itertools.product(FIVE, range(10)):
+    for seed in FIVE:
         config = S.Config(seed=seed, out=OUT, resume=1)
-        task, model = S.TASKS[config.task], S.new_model(config, S.base_policy(config))
-        texts, _ = task.sample(np.random.default_rng([3, seed, number]), config.prompts, "train")
-        stream = S.stream(config, f"shares {number}")
-        batch, rewards = S.answer(model, task, texts, config.block_size, samples=config.group_size, generator=stream)
-        advantages = S.group_advantages(rewards, config.group_size)
-        masks = [S.sample_masks(*batch["completions"].shape[:1], 1, task.completion_len, 2, stream) for _ in range(2)]
-        with torch.no_grad():
-            log_ratio = S.elbo(model, masks=masks[0], **batch) - S.elbo(model, masks=masks[1], **batch)
-        for loss, shares in found.items():
-            leaf = log_ratio.clone().requires_grad_()
-            function, eps = S.LOSSES[loss]
-            function(leaf, advantages, eps, config.group_size).backward()  # leaf.grad: −weight·A / divisor
-            share = leaf.grad.abs() / leaf.grad.abs().sum()
-            shares["bad answers"].append(short(share[advantages < 0].sum().item()))
-            shares["heaviest answer"].append(short(share.max().item()))
+        task, B, G = S.TASKS[config.task], config.block_size, config.group_size
+        model = S.new_model(config, S.base_policy(config))
+        for number in range(10):
+            texts, _ = task.sample(np.random.default_rng([3, seed, number]), config.prompts, "train")
+            stream = S.stream(config, f"shares {number}")
+            batch, rewards = S.answer(model, task, texts, B, samples=G, generator=stream)
+            advantages = S.group_advantages(rewards, G)
+            new, old = (S.sample_masks(len(rewards), config.copies, task.completion_len, B, stream) for _ in range(2))
+            with torch.no_grad():
+                log_ratio = S.elbo(model, masks=new, **batch) - S.elbo(model, masks=old, **batch)
+            for loss, values in found.items():
+                leaf = log_ratio.clone().requires_grad_()
+                function, eps = S.LOSSES[loss]
+                function(leaf, advantages, eps, G).backward()  # leaf.grad: −weight·A / divisor
+                share = leaf.grad.abs() / leaf.grad.abs().sum()
+                values["bad answers"].append(short(share[advantages < 0].sum().item()))
+                values["heaviest answer"].append(short(share.max().item()))
     (HERE / "shares.json").write_text(json.dumps(found) + "\n")
 
 # ---- Price list of estimators ---------------------------------------------------------------------------------------------
@@ -350,9 +354,6 @@ TUNNEL = {  # name in tables and figure -> settings
     "StableDRL, ε = 4": {"loss": "stabledrl", "clip_eps": 4.0}, "StableDRL, ε = 1": {"loss": "stabledrl", "clip_eps": 1.0},
     "CISPO (`clip_only`)": {"loss": "clip_only"}, "dual clip": {"loss": "dual_clip"},
     "GSPO, ESPO (per token)": {"loss": "per_token"}, "no ratio (SPG)": {"loss": "no_ratio"}, "wd1": {"loss": "wd1"}}
-AIRS = {  # the wind tunnel's noises: name in PRICES -> settings
-    "exact": {"estimator": "exact"}, "coupled, K = 2": {"masks": "coupled", "copies": 2}, "K = 8": {"copies": 8},
-    "K = 4": {"copies": 4}, "K = 2": {"copies": 2}, "K = 1": {}}
 
 def prices():
     return json.loads((HERE / "prices.json").read_text())
@@ -369,10 +370,8 @@ def shares():
 
 def main_table(runs):
     rows = []
-    policies = {"GRPO, estimate": ("grpo", "elbo"), "GRPO, exact ratio": ("grpo", "exact"),
-                "StableDRL, estimate": ("stabledrl", "elbo")}
-    for name, (loss, estimator) in policies.items():
-        lines = runs.of(FIVE, loss=loss, estimator=estimator)
+    for name, policy in POLICIES.items():
+        lines = runs.of(FIVE, **policy)
         rows.append([
             name, f"**{spread_of([times(line) for line in lines])}**", " / ".join(f"{times(line):.2f}" for line in lines),
             spread_of([line["reward"][-1] for line in lines], "{:.3f}"),
@@ -382,8 +381,7 @@ def main_table(runs):
 
 def length_table(runs):
     rows = []
-    for name, policy in {"GRPO, estimate": {"loss": "grpo"}, "GRPO, exact ratio": {"loss": "grpo", "estimator": "exact"},
-                         "StableDRL, estimate": {"loss": "stabledrl"}}.items():
+    for name, policy in POLICIES.items():
         rows.append([name, *(runs.cell(updates=updates, **policy) for updates in (600, 1200, 2400)),
                      runs.cell(updates=600, max_grad_norm=1e9, **policy)])
     return table(["three seeds", "600 updates", "1,200", "2,400", "600, norm not clipped"], rows)
@@ -451,11 +449,6 @@ def tunnel_table(mu):
         return table([f"μ = {mu}"] + [f"{name}: {noise_of(name):.1f} nats" for name in airs], rows)
     return made
 
-PARTS = {"`no_ratio`, ε = 0": {"loss": "no_ratio"}}
-PARTS |= {f"StableDRL, ε = {eps:,g}": {"loss": "stabledrl", "clip_eps": eps} for eps in (0.2, 1.0, 5.0, 100.0, 1000.0)}
-PARTS |= {"`norm_only`, ε = ∞": {"loss": "norm_only"}, "`clip_only`, ε = 5, divided by G": {"loss": "clip_only"},
-          "dual clip": {"loss": "dual_clip"}, "GRPO": {"loss": "grpo"}}
-
 def parts_table(runs):
     rows = []
     for name, settings in PARTS.items():
@@ -511,9 +504,9 @@ def one_sided_table(runs):
     return table(head, rows)
 
 def shares_table(runs):
-    rows = []
+    rows, found = [], shares()
     for name, loss in (("GRPO", "grpo"), ("StableDRL", "stabledrl")):
-        cells = [" / ".join(f"{quartile:.2f}" for quartile in statistics.quantiles(values)) for values in shares()[loss].values()]
+        cells = [" / ".join(f"{quartile:.2f}" for quartile in statistics.quantiles(values)) for values in found[loss].values()]
         rows.append([name, *cells])
     return table(["quartiles over 50 batches", "share of all bad answers", "share of the heaviest answer"], rows)
 
@@ -548,8 +541,9 @@ def band(axis, x, series, label, alpha=0.15, **style):
 
 def draw_shares(axis):
     """Bars: who has the weight of a first step, median over batches."""
+    found = shares()
     for i, loss in enumerate(BOTH):
-        medians = [100 * statistics.median(values) for values in shares()[loss].values()]
+        medians = [100 * statistics.median(values) for values in found[loss].values()]
         bars = axis.bar([0.2 + 0.4 * i, 1.2 + 0.4 * i], medians, 0.4, color=COLOURS[loss])
         axis.bar_label(bars, fmt="%.0f", fontsize=8)
     axis.set(title="B = 2: % of a step's weight", xticks=[0.4, 1.4], ylim=(0, 120))
