@@ -67,6 +67,7 @@ import copy
 import ctypes
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -626,7 +627,7 @@ true_log_prob = torch.no_grad()(exact_log_likelihood)
 # number of updates done. So with one seed all losses start from the same base and see the same
 # prompts, whatever else they draw; and a run that is resumed draws what it would have drawn.
 
-@dataclasses.dataclass(init=False)
+@dataclasses.dataclass
 class Config:
     """The settings of one run. They are the flags of the command line:
 
@@ -653,8 +654,7 @@ class Config:
     updates        how many updates a run has when it ends
     device         cpu, cuda or mps
 
-    A task may have defaults of its own, which come before those below. KeyError for a setting, task
-    or loss that does not exist, AssertionError for numbers that cannot be.
+    KeyError for a task or loss that does not exist, AssertionError for numbers that cannot be.
     """
     task: str = "addition"
     seed: int = 0
@@ -679,28 +679,22 @@ class Config:
     updates: int = 1200
     device: str = "cpu"
 
-    def __init__(self, **given):
-        kinds = {field.name: field.type for field in dataclasses.fields(self)}
-        usual = usual_values(given.get("task", self.task), given.get("loss", self.loss))
-        for name, value in (usual | given).items():
-            kind = kinds[name]
+    def __post_init__(self):
+        if self.block_size is None:
+            self.block_size = TASKS[self.task].block_size
+        if self.clip_eps is None:
+            self.clip_eps = LOSSES[self.loss][1]
+        for field in dataclasses.fields(self):
+            name, kind, value = field.name, field.type, getattr(self, field.name)
             if kind in (int, float):
                 least = LEAST.get(name, 1 if kind is int else 0)
                 assert least <= value < math.inf, f"--{name} must be finite, and at least {least}"
             setattr(self, name, kind(value))  # so that 1, 1.0 and True make one run
-            assert getattr(self, name) == value, f"--{name} is no {kind.__name__}: {value}"
         assert self.base_accuracy <= 1, "--base_accuracy must be at most 1"
         assert self.log_every % self.mu == 0, "--log_every must be a multiple of --mu"
         assert self.updates % self.log_every == 0, "--updates must be a multiple of --log_every"
 
 LEAST = {"seed": 0, "group_size": 2}  # a completion is compared with others of its group
-
-def usual_values(task, loss):
-    """What a Config has for this task and this loss if nothing else is given: a dict."""
-    values = {field.name: field.default for field in dataclasses.fields(Config)}
-    values |= {"task": task, "block_size": TASKS[task].block_size}
-    values |= {"loss": loss, "clip_eps": LOSSES[loss][1]}
-    return values | TASKS[task].defaults
 
 def seed_for(config, purpose):
     """A number for one purpose, a string: no other purpose has the same."""
@@ -844,9 +838,9 @@ CHOICES = {"task": TASKS, "loss": LOSSES, "estimator": ESTIMATORS, "masks": MASK
 PANELS = ("reward", "ratio_max", "grad_norm")  # columns of the log to draw
 
 def run_name(config):
-    """The name of a run and of its folder: task, loss, estimator, all settings but UNNAMED that are
-    not the usual ones, and the seed. For example addition-grpo-elbo-lr=0.0002-seed=0."""
-    usual = usual_values(config.task, config.loss)
+    """The name of a run and of its folder: task, loss, estimator, all settings but UNNAMED that
+    differ from the defaults, and the seed. For example addition-grpo-elbo-lr=0.0002-seed=0."""
+    usual = vars(Config(task=config.task, loss=config.loss))
     words = [config.task, config.loss, config.estimator]
     for name, value in vars(config).items():
         if value != usual[name] and name not in UNNAMED:
@@ -874,7 +868,8 @@ def load(path, **parts):
     """Fill parts with what `save` wrote, on any device -> rows. ValueError if the file is damaged,
     or was written for other parts."""
     try:
-        state = torch.load(path, map_location="cpu")  # weights only: a hostile file runs no code
+        file = io.BytesIO(path.read_bytes())
+        state = torch.load(file, map_location="cpu")  # weights only: a hostile file runs no code
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state["rows"]
@@ -884,7 +879,7 @@ def load(path, **parts):
 
 def write_log(folder, config, rows):
     """log.jsonl: the settings, then the rows."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(line) + "\n" for line in [vars(config), *rows]]
     (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -892,10 +887,7 @@ def check(config, out, resume):
     """Try with one prompt what the run needs, and read its files, before any work is done. Errors
     of one line (AssertionError, ValueError, OSError) for what cannot work or cannot be read."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
-    try:
-        model = new_model(config)
-    except RuntimeError as error:
-        raise ValueError(f"--device {config.device}: {error}") from error
+    model = new_model(config)
     generator = stream(config, "check")
     texts, _ = task.sample(np.random.default_rng(0), 1, "train")
     batch, rewards = answer(model, task, texts, B, samples=G, generator=generator)
@@ -920,8 +912,8 @@ def refuse(message):
     sys.exit(2)
 
 def parse(argv):
-    """Command line -> (list of Config, --out, --resume). A flag with several values means a run for
-    each; each run once, by its name."""
+    """Command line -> (configs, --out, --resume). A flag with several values means a run for each
+    combination; runs of one name are one run."""
     parser = argparse.ArgumentParser(
         description=Config.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS)
@@ -956,22 +948,21 @@ def make_base(out, config):
         save(path, model=pretrain(config))
 
 def make_run(out, config):
-    """Train one run from its base policy."""
+    """Train one run from its base policy -> the rows of its log."""
     base_model = new_model(config)
     load(base_path(config, out), model=base_model)
-    train(config, base_model, Path(out, run_name(config)))
+    _, rows = train(config, base_model, Path(out, run_name(config)))
+    return rows
 
 def attempt(work, out, config):
-    """work(out, config) -> whether it came to its end. If not, that is said, and the other runs go
+    """What work(out, config) returns. If an error ends it, that is said -> None: the other runs go
     on."""
     try:
-        work(out, config)
-        return True
+        return work(out, config)
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         report(f"{run_name(config)} FAILED: {error}")
     except Exception:  # of any kind, in a loss or a task of your own: so with its place
         report(f"{run_name(config)} FAILED: {traceback.format_exc()}")
-    return False
 
 def start_worker():
     """What a process does first: take one thread, die quietly on Ctrl-C, and be killed with the
@@ -980,39 +971,30 @@ def start_worker():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the signal if the parent dies
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-def make_all(configs, out, map_over=map):
-    """The missing base policies, each once, then the runs -> list of bool: did it come to its end?"""
-    one_for_each_base = {base_path(config, out): config for config in configs}.values()
-    list(map_over(functools.partial(attempt, make_base, out), one_for_each_base))
-    return list(map_over(functools.partial(attempt, make_run, out), configs))
-
-def launch(configs, out):
-    """`make_all`: under Linux, on a CPU, as many runs side by side as torch would use threads;
-    elsewhere, or if there is one alone, one after the other in this process. A process that forks
-    must never have run a backward pass: where torch sees a GPU, autograd does not survive it."""
-    jobs = min(len(configs), torch.get_num_threads())
-    if jobs == 1 or sys.platform != "linux" or configs[0].device != "cpu":
-        return make_all(configs, out)
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(jobs, fork, start_worker) as pool:
+def launch(work, configs, out, jobs):
+    """What `attempt` returns for each. With one job, all is done here, one after the other.
+    Otherwise in processes that are forked. The process that forks must never have run a backward
+    pass: where torch sees a GPU, autograd does not survive it."""
+    attempt_one = functools.partial(attempt, work, out)
+    if jobs == 1:
+        return [attempt_one(config) for config in configs]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), start_worker) as pool:
         try:
-            return make_all(configs, out, pool.map)
+            return list(pool.map(attempt_one, configs))
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
 
-def plot(names, out):
-    """Draw the logs of runs into plot.svg: a panel per column, a line per run."""
+def plot(logs, out):
+    """Draw logs (name -> rows) into plot.svg: a panel per column, a line per run."""
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3), layout="constrained")
-    for name in names:
-        lines = Path(out, name, "log.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines[1:]]
-        for axis, column in zip(axes, PANELS):
-            axis.plot([row["update"] for row in rows], [row[column] for row in rows],
-                      label=name.replace("-", ", ").replace("=", " "))
-            axis.set(title=column, xlabel="update", yscale="symlog")  # linear up to 2
+    for axis, column in zip(axes, PANELS):
+        for name, rows in logs.items():
+            label = name.replace("-", ", ").replace("=", " ")
+            axis.plot([row["update"] for row in rows], [row[column] for row in rows], label=label)
+        axis.set(title=column, xlabel="update", yscale="symlog")  # linear below 2: 0 is drawn
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
     figure.savefig(Path(out, "plot.svg"))
 
@@ -1022,15 +1004,20 @@ def main(argv=None):
         configs, out, resume = parse(argv)
         for config in configs:
             check(config, out, resume)
-    except (AssertionError, ValueError, OSError, FloatingPointError) as error:
+    except (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
         refuse(error)
     report(f"base policies: {out}/base-*.pt; delete them after a change of task or model")
-    done = launch(configs, out)
+    one_for_each_base = {base_path(config, out): config for config in configs}.values()
+    forkable = sys.platform == "linux" and configs[0].device == "cpu"
+    jobs = min(len(configs), torch.get_num_threads()) if forkable else 1
+    launch(make_base, one_for_each_base, out, jobs)
+    results = zip(configs, launch(make_run, configs, out, jobs))
+    logs = {run_name(config): rows for config, rows in results if rows}
     try:
-        plot(itertools.compress(map(run_name, configs), done), out)
+        plot(logs, out)
     except ImportError:
         report("no figure: pip install matplotlib, and repeat the command with --resume")
-    if not all(done):
+    if len(logs) < len(configs):
         sys.exit(1)
 
 if __name__ == "__main__":

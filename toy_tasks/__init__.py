@@ -7,7 +7,6 @@ A task is any object with these attributes (`toy_tasks/addition.py` is the examp
     prompt_len      P, the characters of every prompt        } multiples of block_size: a prompt that ended inside a
     completion_len  L, the characters of every completion    } block would be trained and sampled under different blocks
     block_size      B, the characters that are denoised together
-    defaults        settings of stabledrl.py's Config that this task wants otherwise, by name
     sample(rng, n, split)       -> n prompts and n reference completions (lists of str); rng is a numpy Generator,
                                    split is "train" or "test", and no prompt is in both
     reward(prompt, completion)  -> float in [0, 1], judged from the two strings alone; takes any string, never

@@ -16,7 +16,6 @@ import numpy as np
 name = "addition"
 vocab = "0123456789+=."
 prompt_len, completion_len, block_size = 6, 4, 2
-defaults = {}
 
 # Unordered pairs {a, b}: 34+12 is held out whenever 12+34 is. A fixed shuffle sends one pair in ten to the test split.
 _PAIRS = np.array([(a, b) for a in range(100) for b in range(a, 100)])

@@ -15,7 +15,6 @@ import numpy as np
 name = "chain"
 vocab = "0123456789+="
 prompt_len, completion_len, block_size = 8, 6, 2
-defaults = {"base_accuracy": 0.6, "masks": "coupled", "copies": 2, "lr": 3e-5}
 
 # The four digits as a multiset: 1+2+3+4 is held out whenever 4+3+2+1 is. A fixed shuffle sends one in seven to the test.
 _DIGITS = list(itertools.combinations_with_replacement(range(10), 4))

@@ -15,7 +15,6 @@ import numpy as np
 name = "countdown"
 vocab = "0123456789+-*()=,."
 prompt_len, completion_len, block_size = 8, 8, 2
-defaults = {"base_accuracy": 0.2, "d_model": 96, "prompts": 16, "masks": "coupled", "copies": 2, "lr": 3e-5}
 
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _FORMS = ("{a}{x}{b}{y}{c}", "({a}{x}{b}){y}{c}", "{a}{x}({b}{y}{c})")

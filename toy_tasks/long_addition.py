@@ -19,7 +19,6 @@ class LongAddition:
     """A task, as toy_tasks/__init__.py describes it: operands below 10^digits, written with `width` characters."""
 
     vocab = "0123456789+=."
-    defaults = {"d_model": 128, "n_layer": 4, "lr": 3e-5}
 
     def __init__(self, digits, width, completion_len):
         self.name = f"addition{digits}"

@@ -18,9 +18,6 @@ import numpy as np
 name = "sudoku"
 vocab = "1234."
 prompt_len, completion_len, block_size = 16, 16, 4
-defaults = {
-    "base_accuracy": 0.6, "prompts": 16, "lr": 3e-5,
-    "masks": "coupled", "copies": 2}
 
 
 def _valid(grid):
