@@ -1,0 +1,503 @@
+"""What the program does with files, processes and flags: each kind of mishap once.
+
+Tests of several runs side by side start the program as a process of its own: a process that has run
+a backward pass, as this one may have, cannot be forked where torch sees a GPU.
+"""
+
+import ast
+import dataclasses
+import io
+import itertools
+import json
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import stabledrl as S
+from test_stabledrl import MODEL, SOURCE, log_lines, setting, tiny, tiny_model, train
+
+FLAGS = (
+    "--updates 600 --log_every 6 --seed 3 --estimator elbo --prompts 2 --group_size 3 "
+    "--d_model 16 --n_layer 1 --n_head 2 --base_accuracy 0"
+)
+
+def start(flags, program=("stabledrl.py",), **options):
+    """The real program as a process of its own, on two threads."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job would ignore it
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "MPLBACKEND": "agg"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    command = [sys.executable, *program, *flags.split()]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+# Files and resume ---------------------------------------------------------------------------------
+
+def assert_same_run(a, b):
+    """Logs that are equal but for the seconds, bit-identical weights and optimiser state."""
+    for one, other in zip(log_lines(a), log_lines(b), strict=True):
+        assert dict(json.loads(one), seconds=0) == dict(json.loads(other), seconds=0)
+    one, other = (torch.load(folder / "checkpoint.pt") for folder in (a, b))
+    torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
+    states = one["optimizer"]["state"], other["optimizer"]["state"]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_two_runs_killed_at_any_moment_end_as_if_they_had_not_been(kills, tmp_path):
+    """Two policies in two processes, SIGKILL to their parent at a random moment: no child goes on
+    behind its back. Then --resume, and the logs of runs one after the other."""
+    flags, killed = f"{FLAGS} --loss grpo stabledrl --resume", tmp_path / "killed"
+    for i in range(kills):
+        process = start(f"{flags} --out {killed}")
+        while (
+            process.poll() is None and len(list(killed.glob("*/checkpoint.pt"))) < 2
+        ):
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.2) + 0.5 * (i > 0))
+        process.kill()
+        process.communicate(
+            timeout=30
+        )  # returns when no child holds the pipe any more
+        logs = [log_lines(folder) for folder in killed.glob("addition*")]
+        time.sleep(0.2)
+        assert logs == [log_lines(folder) for folder in killed.glob("addition*")]
+    assert min(map(len, logs)) < 101, "killed too late"
+    assert start(f"{flags} --out {killed}").wait() == 0
+    assert start(f"{flags} --out {tmp_path / 'whole'}").wait() == 0
+    for folder in killed.glob("addition*"):
+        assert_same_run(tmp_path / "whole" / folder.name, folder)
+
+RESUME = "interrupted: the same command with --resume goes on from the last lines"
+BROKEN = (
+    "stabledrl.py: A process in the process pool was terminated abruptly while the future was "
+    "running or pending."
+)
+
+@pytest.mark.parametrize(
+    "event,says", [("group", RESUME), ("parent", RESUME), ("worker", BROKEN)]
+)
+def test_an_interruption_is_one_line(event, says, tmp_path):
+    """SIGINT to the group of processes, as from a terminal, or to the parent alone; or SIGKILL to a
+    worker: no traceback, and all is over within a few seconds."""
+    flags = f"{FLAGS} --loss grpo stabledrl --updates 60000 --out {tmp_path}"
+    process = start(flags, start_new_session=True)
+    while process.poll() is None and len(list(tmp_path.glob("*/checkpoint.pt"))) < 2:
+        time.sleep(0.005)
+    if event == "group":
+        os.killpg(process.pid, signal.SIGINT)
+    elif event == "parent":
+        process.send_signal(signal.SIGINT)
+    else:
+        children = Path(
+            f"/proc/{process.pid}/task/{process.pid}/children"
+        ).read_text()
+        os.kill(int(children.split()[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == says
+
+@pytest.mark.parametrize(
+    "module,function,call",
+    [(torch, "save", 2), (os, "replace", 2), (Path, "write_text", 3)],
+)
+def test_a_crash_while_something_is_written_costs_one_line_at_most(
+    module, function, call, tmp_path, monkeypatch
+):
+    """While the second of three lines is written: the first checkpoint is whole, and the run goes
+    on. (The log is also written at the start.)"""
+    train(tmp_path / "whole", updates=6)
+    original, calls = getattr(module, function), []
+
+    def crash(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("power cut")
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(
+        RuntimeError, match="power cut"
+    ):
+        patch.setattr(module, function, crash)
+        train(tmp_path / "crashed", updates=6)
+    assert len(torch.load(tmp_path / "crashed" / "checkpoint.pt")["rows"]) == 1
+    train(tmp_path / "crashed", updates=6)
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+
+def test_a_run_that_goes_on_is_the_run_that_was_asked_for_at_once(
+    tmp_path, monkeypatch
+):
+    """One line, then three: also where the estimate draws from torch's global stream, and where the
+    log was deleted."""
+
+    def noisy(model, **batch):
+        return S.elbo(model, **batch) * (1 + torch.rand(len(batch["completions"])))
+
+    monkeypatch.setitem(S.ESTIMATORS, "noisy", noisy)
+    train(tmp_path / "whole", estimator="noisy", updates=6)
+    train(tmp_path / "cut", estimator="noisy", updates=2)
+    torch.manual_seed(99)
+    for _ in range(2):
+        (tmp_path / "cut" / "log.jsonl").unlink()
+        train(tmp_path / "cut", estimator="noisy", updates=6)
+        assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+def test_a_file_is_read_without_its_gpu_and_written_under_a_name_of_ones_own(
+    tmp_path, monkeypatch
+):
+    """Every tensor of the file is marked as one of cuda:0. Two programs that write one file at the
+    same time do not take each other's half away."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    names, replace = set(), os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: names.add(a) or replace(a, b))
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda: process)
+        S.save(tmp_path / "x.pt", model=MODEL, rows=[1])
+    other = tiny_model(seed=5)
+    assert S.load(tmp_path / "x.pt", model=other) == [1] and len(names) == 2
+    assert torch.equal(other.embed.weight, MODEL.embed.weight)
+
+class Hostile:
+    """A pickle of this makes a folder when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("hostile-code-has-run",)
+
+def saved(thing):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    return file.getvalue()
+
+def test_a_damaged_file_is_refused_before_any_work_and_runs_no_code(
+    tmp_path, monkeypatch, capsys
+):
+    """Empty, text, noise, cut off, a pickle that runs code, weights of another size."""
+    config, flags = (
+        tiny(),
+        f"{FLAGS} --seed 0 --updates 4 --log_every 2 --resume --out {tmp_path}",
+    )
+    folder, base = tmp_path / S.run_name(config), S.base_path(config, tmp_path)
+    train(folder)
+    good = (folder / "checkpoint.pt").read_bytes()
+    base.write_bytes(good)
+    S.main(flags.split())
+    contents = [
+        b"",
+        b"hello",
+        b"\x80\x02}.",
+        np.random.default_rng(0).bytes(5_000),
+        good[:-1],
+    ]
+    contents += [good[: int(len(good) * part)] for part in (0.001, 0.1, 0.5, 0.99)]
+    contents += [pickle.dumps(Hostile()), saved(Hostile()), saved({}), saved([1])]
+    contents += [saved({"model": MODEL.state_dict(), "rows": []})]
+    monkeypatch.chdir(tmp_path)
+    for path, content in itertools.product(
+        (folder / "checkpoint.pt", base), contents
+    ):
+        path.write_bytes(content)
+        says = refused(flags, capsys, monkeypatch)
+        assert says.startswith(
+            f"stabledrl.py: error: {path} is damaged, or of another task or model"
+        )
+        path.write_bytes(good)
+    assert not Path("hostile-code-has-run").exists()
+
+# §9 -----------------------------------------------------------------------------------------------
+
+def refused(flags, capsys, monkeypatch):
+    """The one line with which the command line ends, with status 2, before any work."""
+    monkeypatch.setattr(S, "launch", lambda *arguments: pytest.fail("work was begun"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        S.main(flags.split())
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and error.count("\n") == 1
+    assert error.startswith("stabledrl.py: error: ")
+    return error
+
+BAD_INPUT = {
+    "--lerning_rate 1": "unrecognized arguments",
+    "--updates 1.5": "--updates: invalid int",
+    "--lr ten": "--lr: invalid float",
+    "--loss": "expected at least one argument",
+    "--shared_masks 5": "unrecognized arguments: 5",
+    "--resume 0 1": "unrecognized arguments: 0 1",
+    "--out a b": "unrecognized arguments: b",
+    "--masks coupled --copies 2 3": "copies must be even",
+    "--task chess": "invalid choice",
+    "--loss ppo": "invalid choice",
+    "--device tpu": "tpu",
+    "--estimator magic": "invalid choice",
+    "--masks none": "invalid choice",
+    "--block_size 3": "lengths (6, 4) must be multiples of block_size 3",
+    "--d_model 30": "d_model 30 is no multiple of 2*4 heads",
+    "--out /dev/null/x": "/dev/null/x",
+    "--mu 3": "--log_every must be a multiple",
+    "--updates 30": "--updates must be a multiple",
+    "--task addition5 --estimator exact": "block_size 8 is above 6",
+    "--base_accuracy 1.1": "--base_accuracy must be at most 1",
+    "--group_size 1": "--group_size must be finite, and at least 2",
+    "--seed -1": "--seed must be finite, and at least 0",
+}
+for (
+    name
+) in "block_size d_model n_layer n_head copies prompts mu updates log_every".split():
+    BAD_INPUT[f"--{name} 0"] = f"--{name} must be finite, and at least 1"
+for name in "base_lr clip_eps lr max_grad_norm base_accuracy".split():
+    for value in ("-1", "nan", "inf"):
+        BAD_INPUT[f"--{name} {value}"] = f"--{name} must be finite, and at least 0"
+
+@pytest.mark.parametrize("flags", BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_status_2(
+    flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert BAD_INPUT[flags] in refused(flags, capsys, monkeypatch)
+
+def no_scalar(log_ratio, advantages, clip_eps, group_size):
+    return log_ratio * advantages
+
+def per_token(model, prompts, completions, block_size, masks, steps):
+    return S.token_log_probs(model, prompts, completions, masks, block_size)[:, 0]
+
+def hide_nothing(num_seqs, copies, completion_len, block_size, generator):
+    return torch.zeros(num_seqs, copies, completion_len, dtype=torch.bool)
+
+OWN = {
+    "loss": ((no_scalar, 1.0), "is no finite number"),
+    "masks": (hide_nothing, "is no finite number, from estimates [nan"),
+    "estimator": (per_token, "shape must be (N,) = (32,), not [8, 4]"),
+}
+
+@pytest.mark.parametrize("flag", OWN)
+def test_what_you_register_is_tried_before_any_work(
+    flag, tmp_path, monkeypatch, capsys
+):
+    mine, says = OWN[flag]
+    monkeypatch.setitem(S.CHOICES[flag], "mine", mine)
+    assert says in refused(
+        f"--mu 2 --{flag} mine --out {tmp_path}", capsys, monkeypatch
+    )
+
+def test_a_finished_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
+    train(tmp_path / "addition-grpo-elbo-seed=0")
+    before = log_lines(tmp_path / "addition-grpo-elbo-seed=0")
+    assert "exists: --resume it" in refused(
+        f"--loss grpo --out {tmp_path}", capsys, monkeypatch
+    )
+    assert log_lines(tmp_path / "addition-grpo-elbo-seed=0") == before
+
+def test_no_flags_mean_the_main_job_and_several_values_their_product():
+    configs, out, resume = S.parse([])
+    main_job = [
+        S.Config(loss="grpo"),
+        S.Config(loss="grpo", estimator="exact"),
+        S.Config(),
+    ]
+    assert configs == main_job and out == "runs" and not resume
+    flags = (
+        "--loss grpo stabledrl --estimator exact mean_field --seed 3 4 --seed 3 4 4"
+    )
+    found = [
+        (config.loss, config.estimator, config.seed)
+        for config in S.parse(flags.split())[0]
+    ]
+    expected = itertools.product(
+        ("grpo", "stabledrl"), ("exact", "mean_field"), (3, 4)
+    )
+    assert found == list(expected), "each run once"
+
+def test_help_explains_each_flag_gives_its_default_and_is_ascii(capsys):
+    """Consoles under Windows may know no other letters: so it is for all strings of the code."""
+    with pytest.raises(SystemExit):
+        S.main(["--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(S.Config):
+        assert re.search(
+            rf"^ *{field.name} +\w", shown, re.M
+        ), "Config's docstring explains it"
+        assert re.search(rf"--{field.name}\b.*?default: {field.default}", shown, re.S)
+    tree = ast.parse(SOURCE)
+    defined = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    prose = [
+        ast.get_docstring(n, clean=False)
+        for n in ast.walk(tree)
+        if isinstance(n, defined)
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node.value not in prose:
+            assert str(node.value).isascii()
+    assert shown.isascii()
+
+def test_main_says_how_far_it_is_and_how_to_get_a_figure(tmp_path, capsys):
+    S.main(f"{FLAGS} --updates 12 --out {tmp_path}".split())
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        f"base policies: {tmp_path}/base-*.pt; delete them after a change"
+    )
+    for line, update in zip(lines, (6, 12), strict=True):
+        assert re.search(rf"-seed=3  update {update}  reward 0\.\d{{3}}$", line)
+    assert (
+        last
+        == "no figure: pip install matplotlib, and repeat the command with --resume"
+    )
+
+def test_the_figure_has_a_panel_for_each_column_and_a_line_for_each_run(
+    tmp_path, monkeypatch
+):
+    """With a stand-in for matplotlib that notes what is drawn. No logarithmic axis: a column of
+    zeros would be lost on it, with a warning."""
+    pyplot, figure, axes = (
+        mock.MagicMock(),
+        mock.MagicMock(),
+        [mock.MagicMock() for _ in S.PANELS],
+    )
+    pyplot.subplots.return_value = figure, axes
+    monkeypatch.setitem(sys.modules, "matplotlib", mock.MagicMock(pyplot=pyplot))
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
+    S.main(f"{FLAGS} --updates 12 --loss grpo stabledrl --out {tmp_path}".split())
+    for axis, column in zip(axes, S.PANELS):
+        for call, loss in zip(
+            axis.plot.call_args_list, ("grpo", "stabledrl"), strict=True
+        ):
+            assert call.args[0] == [6, 12] and f", {loss}, " in call.kwargs["label"]
+        axis.set.assert_called_once_with(
+            title=column, xlabel="update", yscale="symlog"
+        )
+    figure.savefig.assert_called_once_with(tmp_path / "plot.svg")
+
+FAILURES = [
+    FloatingPointError("bad luck"),
+    torch.OutOfMemoryError("bad luck"),
+    OSError("bad luck"),
+    ZeroDivisionError("bad luck"),
+]
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_one_failure_does_not_end_the_others(error, tmp_path, monkeypatch, capsys):
+    """A number that is not finite, no memory left, a full disk: one line. An error in somebody's
+    own loss: with its traceback. The other run goes on, and the status says that one failed.
+    """
+
+    def unlucky(log_ratio, advantages, clip_eps, group_size):
+        if log_ratio.any():  # not when it is tried
+            raise error
+        return log_ratio.sum()
+
+    monkeypatch.setitem(S.LOSSES, "unlucky", (unlucky, 1.0))
+    with pytest.raises(SystemExit) as stop:
+        S.main(f"{FLAGS} --updates 6 --loss unlucky grpo --out {tmp_path}".split())
+    out = capsys.readouterr().out
+    assert stop.value.code == 1 and re.search("addition-grpo.* update 6 ", out)
+    assert re.search("addition-unlucky.* FAILED: ", out) and "bad luck\n" in out
+    assert (
+        ("in unlucky" in out)
+        == ("Traceback" in out)
+        == isinstance(error, ZeroDivisionError)
+    )
+
+def test_a_base_that_cannot_be_made_fails_its_runs_and_no_others(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(S, "tqdm", lambda steps, disable: steps[:1])
+    with pytest.raises(SystemExit) as stop:
+        S.main(f"{FLAGS} --updates 6 --base_accuracy 0 1 --out {tmp_path}".split())
+    out = capsys.readouterr().out
+    assert (
+        stop.value.code == 1
+        and out.count("FAILED: --base_accuracy 1.0 is not reached") == 1
+    )
+    assert len(list(tmp_path.glob("*/checkpoint.pt"))) == 1
+
+NOTED = """
+import os, sys, torch, stabledrl
+parent, backward, pretrain = os.getpid(), torch.autograd.backward, stabledrl.pretrain
+def noted(*arguments, **options):
+    assert os.getpid() != parent, "the process that forks has run a backward pass"
+    return backward(*arguments, **options)
+def counted(config):
+    print("a base is made", flush=True)
+    return pretrain(config)
+torch.autograd.backward, stabledrl.pretrain = noted, counted
+stabledrl.main(sys.argv[1:])
+"""
+
+def test_the_process_that_forks_never_runs_a_backward_pass(tmp_path):
+    """Where torch sees a GPU, autograd does not survive a fork. Two runs, one base to be made: in a
+    worker, and once."""
+    flags = f"{FLAGS} --updates 6 --base_accuracy 0.002 --loss grpo stabledrl --out {tmp_path}"
+    process = start(flags, program=("-c", NOTED))
+    out, errors = process.communicate()
+    assert process.returncode == 0, out + errors
+    assert (
+        out.count("a base is made") == 1
+        and len(list(tmp_path.glob("*/checkpoint.pt"))) == 2
+    )
+
+@pytest.mark.parametrize("platform,jobs", [("linux", 2), ("darwin", 1), ("win32", 1)])
+def test_runs_go_side_by_side_where_processes_can_be_forked(
+    platform, jobs, monkeypatch
+):
+    """And one after the other elsewhere, on a GPU, or if there is one alone."""
+    found = []
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(S, "check", lambda *arguments: None)
+    monkeypatch.setattr(
+        S, "launch", lambda work, configs, out, n: found.append(n) or [[1]] * 3
+    )
+    for flags in ("--seed 0 1 2", "--seed 0", "--seed 0 1 2 --device cuda"):
+        S.main(["--loss", "grpo", *flags.split()])
+    assert found == [jobs] * 2 + [1] * 4  # bases, runs
+
+@pytest.mark.parametrize("stdout", ["closed pipe", "/dev/full"])
+def test_an_output_that_cannot_be_written_costs_its_lines_and_not_the_run(
+    stdout, tmp_path
+):
+    """As with `python stabledrl.py | head`: both runs, side by side, come to their end."""
+    if stdout == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(stdout, os.O_WRONLY)
+    process = start(
+        f"{FLAGS} --updates 12 --loss grpo stabledrl --out {tmp_path}", stdout=writer
+    )
+    os.close(writer)
+    _, errors = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in errors
+    assert [len(log_lines(path.parent)) for path in tmp_path.glob("*/log.jsonl")] == [
+        3,
+        3,
+    ]
+
+QUIET = """
+import sys, toy_tasks
+assert "torch" not in sys.modules
+import random, numpy, torch
+def state():
+    return (torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), random.getstate(),
+            torch.get_num_threads(), torch.get_default_dtype())
+before = state()
+import stabledrl
+assert state() == before and "matplotlib" not in sys.modules
+"""
+
+def test_importing_does_nothing_visible():
+    """No output, no seeding, no change of threads or defaults; and toy_tasks needs no torch."""
+    process = start("", program=("-c", QUIET))
+    assert process.communicate() == ("", "") and process.returncode == 0
