@@ -1,4 +1,5 @@
-"""StableDRL in one file: reinforcement learning for diffusion language models, where GRPO collapses.
+"""StableDRL in one file: reinforcement learning for diffusion language models that does not
+collapse as GRPO does.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
 2603.06743. The paper reasons about noise in estimates of the likelihood. The toy tasks here are so
@@ -518,16 +519,17 @@ ESTIMATORS = {
 # counts: no completion takes more than its share. With line 1, one completion beside seven of ratio
 # 1 has at most (1+ε)/(1+ε+7) = 6/13 of the weight. Without line 1 it may have all.
 #
-# What StableDRL gives up. It has no 0 in its column. In GRPO, once the updates of a batch have moved
-# a completion by more than ε in the intended direction (a good one up, a bad one down), its weight
-# becomes 0, and it is left alone. StableDRL goes on moving it. So ε means two things. GRPO's (0.2)
-# limits how far a batch may move the policy: a *trust region*. StableDRL's (5 in the paper) cuts a
-# long tail. And the advantages of a group sum to 0, but Σ w·A does not: where large weights fall on
-# bad answers, the group as a whole is pushed down a little, and up where they fall on good ones.
+# What StableDRL gives up. It has no 0 in its column. In GRPO, once the updates of a batch have
+# moved a completion by more than ε in the intended direction (a good one up, a bad one down), its
+# weight becomes 0, and it is left alone. StableDRL goes on moving it. So ε means two things. GRPO's
+# (0.2) limits how far a batch may move the policy: a *trust region*. StableDRL's (5 in the paper)
+# cuts a long tail. And the advantages of a group sum to 0, but Σ w·A does not. Where large weights
+# fall on bad answers, the group as a whole is pushed down a little; where they fall on good ones,
+# up.
 #
 # At ρ = 1 all losses agree: their gradient is −mean A·g, a step up the docstring's Σ A·log π with
-# L̂ for log π. Their *value* is then 0 for GRPO, since Σ A = 0, and for StableDRL, since log ρ̂ = 0.
-# That is no fault. The value of these losses means nothing, and only their gradient is used.
+# L̂ for log π. Their *value* is 0 there: for GRPO since Σ A = 0, for StableDRL since log ρ̂ = 0. That
+# is no fault. The value of these losses means nothing, and only their gradient is used.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,) -> (N,): (reward − mean of its group) / (standard deviation of its group). Equal
@@ -563,13 +565,13 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
 
 def stabledrl_loss(log_ratio, advantages, clip_eps, group_size, normalise=True):
     """StableDRL: log_ratio (N,), advantages (N,) -> scalar, the mean over groups. It works with
-    logarithms, so nothing overflows: softmax(log w) = w/Σw. Without `normalise`, line 2 divides by
-    group_size instead."""
+    logarithms, so nothing overflows: softmax(log w) = w/Σw. With normalise=False, line 2 divides by
+    group_size instead of Σ."""
     check_batch(group_size, log_ratio, advantages)
     log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
     clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))  # line 1: always clip
     clipped = clipped.view(-1, group_size)  # (M, G)
-    weights = clipped.softmax(-1) if normalise else clipped.exp() / group_size  # line 2: divide by Σ
+    weights = clipped.softmax(-1) if normalise else clipped.exp() / group_size  # line 2: shares
     per_sequence = weights.flatten() * advantages * log_ratio  # its gradient is weight·A·g
     return -per_sequence.view(-1, group_size).sum(-1).mean()
 
@@ -616,6 +618,28 @@ def noise_diagnostics(log_ratio, truth, old_truth, base_truth):
 
 # The truth for the log. Without gradients: otherwise torch would keep all 2^B − 1 copies in memory.
 true_log_prob = torch.no_grad()(exact_log_likelihood)
+
+def note(recent, rewards, log_ratios, clip_eps, group_size):
+    """Append what a batch shows to `recent`, a dict: column of the log -> list of numbers."""
+    recent["reward"].append(rewards.mean().item())
+    recent["spread"].append(log_ratios[0].std(correction=0).item())
+    for log_ratio in log_ratios:
+        for name, number in ratio_diagnostics(log_ratio, clip_eps, group_size).items():
+            recent[name].append(number)
+
+def summary(recent):
+    """column -> list of numbers, into column -> mean; the maximum if its name ends in _max."""
+    row = {}
+    for name, numbers in recent.items():
+        row[name] = max(numbers) if name.endswith("_max") else sum(numbers) / len(numbers)
+    return row
+
+def check_finite(update, loss, grad_norm, log_ratio):
+    """FloatingPointError if any of these numbers is infinite or NaN."""
+    if not (loss + grad_norm + log_ratio.sum()).isfinite():
+        raise FloatingPointError(
+            f"update {update} was not made: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+
 
 # ==== §8  Training ================================================================================
 # The old and the new policy part in one loop, `train`. A batch of completions is sampled, scored by
@@ -753,20 +777,16 @@ def pretrain(config):
     raise TimeoutError(f"--base_accuracy {config.base_accuracy} is not reached in 2,000 updates")
 
 def train(config, base_model, folder):
-    """RL from the base policy -> (trained model, lines of the log as dicts). Each line goes to the
-    folder with a checkpoint; where there is a checkpoint, training goes on from it.
-    FloatingPointError where a number is not finite, before that update is made."""
+    """RL from the base policy -> (trained model, rows of the log). Each row goes to the folder with
+    a checkpoint; from a checkpoint, training goes on. Errors: see `check_finite`, `generate`."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     model = copy.deepcopy(base_model)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99))
-    checkpoint = folder / "checkpoint.pt"
-    rows = load(checkpoint, model=model, optimizer=optimizer) if checkpoint.exists() else []
-    write_log(folder, config, rows)
-    began = time.perf_counter()
-    recent = collections.defaultdict(list)  # column -> its numbers since the last line of the log
+    rows = restore(config, folder, model, optimizer)
+    began, recent = time.perf_counter(), collections.defaultdict(list)
     # done: the updates made so far; more than 0 at the beginning if the run is resumed
     for done in range(len(rows) * config.log_every, config.updates, config.mu):
         log_is_due = (done + config.mu) % config.log_every == 0
@@ -797,9 +817,7 @@ def train(config, base_model, folder):
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            if not (loss + grad_norm + log_ratio.sum()).isfinite():  # if any of them is not
-                raise FloatingPointError(
-                    f"update {update} was not made: loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+            check_finite(update, loss, grad_norm, log_ratio)
             if measure_noise:
                 truths.append(true_log_prob(model, **batch))
             optimizer.step()
@@ -807,23 +825,15 @@ def train(config, base_model, folder):
             recent["grad_norm"].append(grad_norm.item())
 
         # (4) Measure. Where a line of the log is due, write it, and a checkpoint.
-        recent["reward"].append(rewards.mean().item())
-        recent["spread"].append(log_ratios[0].std(correction=0).item())
-        for log_ratio in log_ratios:
-            for name, number in ratio_diagnostics(log_ratio, config.clip_eps, G).items():
-                recent[name].append(number)
+        note(recent, rewards, log_ratios, config.clip_eps, G)
         if log_is_due:
             row = {"update": done + config.mu, "accuracy": accuracy(model, task, B)}
-            for name, numbers in recent.items():
-                row[name] = max(numbers) if name.endswith("_max") else sum(numbers) / len(numbers)
+            row |= summary(recent)
             if measure_noise:
                 base_truth = true_log_prob(base_model, **batch)
                 row |= noise_diagnostics(log_ratios[-1], truths[-1], truths[0], base_truth)
             row["seconds"] = time.perf_counter() - began
-            rows.append(row)
-            write_log(folder, config, rows)
-            save(checkpoint, model=model, optimizer=optimizer, rows=rows)
-            report(f"{run_name(config)}  update {row['update']}  reward {row['reward']:.3f}")
+            write_row(config, folder, rows, row, model, optimizer)
             recent.clear()
     return model, rows
 
@@ -877,11 +887,26 @@ def load(path, **parts):
         raise ValueError(f"{path} is damaged, or of another task or model: delete it, and it is "
                          f"made anew") from None
 
-def write_log(folder, config, rows):
+def write_log(config, folder, rows):
     """log.jsonl: the settings, then the rows."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(line) + "\n" for line in [vars(config), *rows]]
     (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+
+def write_row(config, folder, rows, row, model, optimizer):
+    """Append the row to rows; write the log, then a checkpoint. A run that is killed in between
+    makes the last line of its log again when it is resumed."""
+    rows.append(row)
+    write_log(config, folder, rows)
+    save(folder / "checkpoint.pt", rows=rows, model=model, optimizer=optimizer)
+    report(f"{run_name(config)}  update {row['update']}  reward {row['reward']:.3f}")
+
+def restore(config, folder, model, optimizer):
+    """Set both to the run's checkpoint, if there is one -> the rows of its log so far."""
+    path = folder / "checkpoint.pt"
+    rows = load(path, model=model, optimizer=optimizer) if path.exists() else []
+    write_log(config, folder, rows)
+    return rows
 
 def check(config, out, resume):
     """Try with one prompt what the run needs, and read its files, before any work is done. Errors

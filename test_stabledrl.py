@@ -1161,12 +1161,12 @@ def test_a_config_built_in_python_is_complete_and_canonical():
 # README -------------------------------------------------------------------------------------------
 
 def test_readme_code_runs(tmp_path, monkeypatch):
-    """Every python block, in a fresh namespace."""
+    """Every python block, in a fresh namespace, after a run of the name that one of them reads."""
     monkeypatch.chdir(tmp_path)
+    config = S.Config(updates=2, log_every=2, prompts=2)
+    S.train(config, S.new_model(config), Path("runs/addition-stabledrl-elbo-seed=0"))
     for code in re.findall(r"```python\n(.*?)```", README, re.S):
-        with mock.patch.dict(S.LOSSES), mock.patch.dict(
-            S.ESTIMATORS
-        ), mock.patch.dict(TASKS):
+        with mock.patch.dict(S.LOSSES), mock.patch.dict(S.ESTIMATORS):
             exec(compile(code, "README.md", "exec"), {})
 
 def test_readme_commands_are_accepted_and_every_flag_exists():
@@ -1185,13 +1185,13 @@ def test_readme_commands_are_accepted_and_every_flag_exists():
     )
 
 def test_readme_quotes_the_two_lines_of_stabledrl():
-    source = [
-        " ".join(line.split("#")[0].split()) for line in SOURCE.splitlines()
-    ]
-    quoted = re.findall(r"^((?:clipped|weights) = .*)#", README, re.M)
-    assert len(quoted) == 2 and all(
-        " ".join(line.split()) in source for line in quoted
-    )
+    """Up to the comment, and up to `if normalise` of the second."""
+    source = [line.strip() for line in SOURCE.splitlines()]
+    quoted = re.findall(r"^(?:clipped|weights) = .*", README, re.M)
+    for line in quoted:
+        code = line.split("#")[0].strip()
+        assert any(found.startswith(code) for found in source)
+    assert len(quoted) == 2
 
 # A learning run, not in the default run -----------------------------------------------------------
 
