@@ -1,5 +1,5 @@
-"""StableDRL in one file: reinforcement learning for diffusion language models that does not
-collapse as GRPO does.
+"""StableDRL in one file: reinforcement learning for diffusion language models. It learns where
+GRPO collapses.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
 2603.06743. The paper reasons about noise in estimates of the likelihood. The toy tasks here are so
@@ -10,22 +10,23 @@ language model predicts *hidden* tokens from visible ones: it learns to fill in 
 starting from blanks and filling them in, one by one, in random order. A *block*-diffusion model
 writes block after block, left to right, and only within a block of B tokens is the order free. With
 B = 1 nothing is free, and the model factorises like a GPT. With B = L, the length of the answer,
-the whole answer is one block. Every B in between is possible.
+the whole answer is one block. In between, B must divide the lengths of prompt and answer.
 
-How rewards train it. The model is a *policy* π_θ with weights θ. It answers each prompt G times;
-these G *completions* are a *group*. A judge gives each a reward. Its *advantage* A says how much
-better it did than its group. Gradient ascent on Σ A·log π_θ(completion) makes the better ones
-likelier. This holds for the policy that wrote them, called "old". After one step the policy is
-another. To use the completions for several steps, PPO and GRPO weigh them by the *importance ratio*
-ρ = π_θ/π_old. (A GPT has a ratio per token, this model one per completion.) The reason is
-importance sampling: E_old[ρ·f] = E_θ[f] for any f, so weighted samples of the old policy average
-like samples of the new one. At the first step θ is θ_old, and every ρ is 1.
+How rewards train it. The model, seen as a writer of answers, is a *policy* π_θ with weights θ. It
+answers each prompt G times; these G *completions* are a *group*. A judge gives each a reward. Its
+*advantage* A says how much better it did than its group. Gradient ascent on Σ A·log π_θ(completion)
+makes the better ones likelier. It raises the expected reward as long as π_θ is the policy that
+wrote the completions, called "old". After one step π_θ is another policy. To use the completions
+for several steps, PPO and GRPO weigh them by the *importance ratio* ρ = π_θ/π_old. (A GPT has a
+ratio per token, this model one per completion.) The reason is importance sampling: E_old[ρ·f] =
+E_θ[f] for any f, so weighted samples of the old policy average like samples of the new one. At the
+first step θ is θ_old, and every ρ is 1.
 
 Why GRPO breaks on such a model:
-  1. The order within a block is random, so the probability of a block is a mean over B! orders. A
-     real model has B = 32, far too many to enumerate. Instead of log π one computes a random
-     *estimate* L̂ (§3), and instead of ρ the estimate ρ̂ = exp(L̂_θ − L̂_old). Both estimates draw
-     random numbers of their own.
+  1. The order within a block is random, so the probability of a block is a mean over B! orders.
+     Even the best exact method needs 2^B − 1 copies of the text (§5), and a real model has B = 32.
+     So instead of log π one computes a random *estimate* L̂ (§3), and instead of ρ the estimate
+     ρ̂ = exp(L̂_θ − L̂_old). Both L̂ draw random numbers of their own.
   2. exp magnifies the noise. A completion whose ρ is 1 may get a ρ̂ of 10,000 (§5).
   3. GRPO clips ρ̂ to [1−ε, 1+ε], but only where that lowers its objective (§6). With ρ̂ = 10,000 a
      good completion (A > 0) gets weight 0, and a bad one (A < 0) gets weight 10,000. So almost all
@@ -36,24 +37,26 @@ Why GRPO breaks on such a model:
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum, so that they are shares of 1.
 
-Two things that you will not find in the paper follow from this file's measurements. The noise has a
-cause that can be removed: estimates that share their masks, or that follow the order in which the
-completion was written, have accurate ratios, and GRPO works with them (§5). And where each batch is
-used for only two updates, leaving the ratio out does as well as any loss here.
+Two things that you will not find in the paper follow from this file's measurements. The noise can
+be removed: where both estimates use the same masks, or follow the order in which the completion was
+written, the ratio has little noise or none, and GRPO works (§5). And where each batch is used for
+only two updates, leaving the ratio out does better than StableDRL on the noisy estimate, and almost
+as well as GRPO with an accurate ratio.
 
 Where to look: §6 is the paper; `train` in §8 is the loop, in four numbered steps.
   §1 Transformer                 §4 Rollout                §7 Diagnostics
   §2 Attention masks             §5 Exact likelihoods      §8 Training
   §3 Forward process and ELBO    §6 The losses             §9 Command line
 
-Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
+Notation: symbol, name in the code, shape, meaning. A hat marks an estimate: L is a length, L̂ an
+estimate of log π. An *answer* is a completion. A *place* is a position within the completion.
   q      prompts      (M, P)     M prompts of P tokens; in the toy task of addition, "12+34="
   y      completions  (N, L)     N = M·G, of L tokens, "46.."; rows i·G .. i·G+G−1 answer prompt i
   B      block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
   G      group_size              completions per prompt
   K      copies                  copies of y with random tokens hidden ("noisy copies") per estimate
          masks        (N, K, L)  True where a copy has the token [MASK] in place of its own. (The
-                                 attention masks of §2, (S, S), are another thing: who sees whom)
+                                 attention masks of §2 are another thing: who may look at whom)
          steps        (N, L)     at which step of its block, 0..B−1, a place was written
   L̂_θ    log_prob     (N,)       estimate of log π_θ(y|q) in nats (natural logarithm)
   log ρ̂  log_ratio    (N,)       L̂_θ − L̂_old: one number per completion, not one per token
@@ -156,7 +159,7 @@ class BlockDiffusionTransformer(nn.Module):
         return self.read(tokens, positions, mask)[0]
 
     def read(self, tokens, positions, mask, cache=None):
-        """Read tokens behind a cached text -> logits (N,S,vocab_size), and the new cache. mask
+        """Read tokens that follow a cached text -> logits (N,S,vocab_size), and the new cache. mask
         (S,T); cache: what an earlier `read` returned, or None if no text stands before."""
         exponents = torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim
         rotation = torch.exp(1j * positions[:, None] * 10_000.0**-exponents)  # (S, D/2)
@@ -172,10 +175,10 @@ class BlockDiffusionTransformer(nn.Module):
 # One pass can score every block, each given the true text before it, and no block sees its own
 # answer. To score block b the model must read two things: the clean tokens before b (nothing
 # hidden), and a noisy copy of b. The *staircase* does that for all blocks at once, since the
-# completion is laid out twice. The clean half serves as the text before each block. The noisy half
-# asks the questions. A noisy token may look at its own noisy block, and at clean blocks *strictly
-# before* its own. With >= in place of that one > it would see its own answer, and the model would
-# learn to copy. K noisy copies, with different tokens hidden, share the one clean half.
+# completion is laid out once clean and K times noisy, each time with other tokens hidden. The clean
+# part serves as the text before each block. The noisy copies ask the questions. A noisy token may
+# look at its own noisy block, and at clean blocks *strictly before* its own. With >= in place of
+# that one > it would see its own answer, and the model would learn to copy.
 #
 # Blocks are counted from the first token of the prompt. So the prompt must end where a block ends:
 # otherwise one block would hold its last tokens and the first ones of the completion, and training
@@ -241,11 +244,12 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     return clean_to_clean | noisy_to_clean | noisy_to_own_block
 
 # ==== §3  Forward process and ELBO ================================================================
-# One number is both the loss of pretraining and the estimate L̂ of log π. The *forward process* of
-# diffusion destroys a text, which here means that it hides tokens. In every block it draws a count
-# m uniformly from 1..B, and puts [MASK] in place of m random tokens. The model predicts these. What
-# has that to do with the probability of *writing* a block? (One block is enough for the argument:
-# the log-probability of a completion is the sum over its blocks.)
+# One number, the ELBO, serves twice: pretraining maximises it, and RL takes it as the estimate L̂
+# of log π. The *forward process* of diffusion destroys a text, which here means that it hides
+# tokens. In every block it draws a count m uniformly from 1..B, and puts [MASK] in place of m
+# random tokens. The model predicts these. What has that to do with the probability of *writing* a
+# block? (One block is enough for the argument: the log-probability of a completion is the sum over
+# its blocks.)
 #   1. The model writes the B tokens one per step, in an order chosen at random (§4):
 #          π(block) = mean over all B! orders of  ∏ over the B steps of  p(token | what is visible)
 #   2. The log of a mean is at least the mean of the logs (Jensen's inequality):
@@ -259,8 +263,8 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 #      (For B = 2: with probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the
 #      second alone.) Times B, and summed over blocks, this is
 #   ELBO(y) = E_masks[ Σ_blocks B/m · Σ_{i hidden} log p_θ(y_i | noisy block, clean text before) ]
-# This *evidence lower bound* is at most log π_θ(y). Pretraining maximises it on right answers. RL
-# computes the bracket for K random masks and takes their mean as L̂. `elbo` serves both. (BD3-LM
+# This *evidence lower bound* is at most log π_θ(y). L̂ is the mean of the bracket over K random
+# masks, and `elbo` computes it. (BD3-LM
 # hides each token with a random probability t and divides by t. Its mean over t is this ELBO.)
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
@@ -381,31 +385,32 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 
 # ==== §5  Exact likelihoods =======================================================================
 # What is L̂ an estimate *of*, what does the truth cost, what does exp make of noise, and how can a
-# ratio do without? A block can be hidden in only 2^B − 1 ways: 3 for B = 2. With a noisy copy for
-# each, a weighted sum of the log p is the ELBO without noise, and a sum over all ways to write the
-# block is π itself.
+# ratio be free of noise? A block can be hidden in only 2^B − 1 ways: 3 for B = 2. With a noisy copy
+# for each, a weighted sum of the log p is the ELBO without noise, and a sum over all ways to write
+# the block is π itself.
 #
-# Where noise comes from. Say one of two tokens is certain and the other has p = 0.01, log p = −4.6,
-# whatever is visible. With the weight B/m, L̂ of this block is
+# Where does noise come from? Say one of two tokens is certain and the other has p = 0.01, log p =
+# −4.6, whatever is visible. With the weight B/m, L̂ of this block is
 #     −4.6 if both are hidden (m = 2: one time in two),
 #      0   if only the certain one is (m = 1: one time in four),
 #     −9.2 if only the unlikely one is (m = 1: one time in four).
 # That is right on average. But L̂_θ and L̂_old draw masks of their own, and may differ by 9.2
 # though θ = θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1. (A coupled pair of §3 always gives −4.6.)
 #
-# What exp makes of it. Let η be the noise of the difference L̂_θ − L̂_old: log ρ̂ = log ρ + η, so
-# ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation σ, then E[e^η] = e^(σ²/2): at σ = 2
-# nats ratios are 7 times too large on average, and a few huge ones make that average.
+# What does exp make of it? Let η be the noise of the difference L̂_θ − L̂_old: log ρ̂ = log ρ + η,
+# so ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation σ, then E[e^η] = e^(σ²/2): at σ =
+# 2 nats ratios are 7 times too large on average, and a few huge ones make that average.
 #
-# Real noise has a longer tail than normal noise of the same σ, because answers differ. Most are
-# quiet, a few carry the noise, and σ is pooled over all. On the base policies of the main job σ is
-# 2.0 nats, but the noise of half of the answers has a standard deviation below 1.3; the noisiest
-# twentieth, above 4, carries 4 tenths of the variance. The largest of 256 ratios is then 7,000 to
-# 19,000 (medians of five bases); it would be 200 to 400 if η were normal with the same σ. And *bad
-# answers are the noisy ones*: 2.2 nats against 0.9 of the good ones. An improbable token moves the
-# estimate most, as in the example. So the noise meets just the case in which GRPO has no bound.
+# Real noise has a longer tail than normal noise of the same σ, because the noise differs between
+# answers. For most of them it is small, and a few have most of it. On the base policies of the main
+# job σ, taken over all answers, is 2.0 nats. The standard deviation of a single answer has the
+# median 1.2. The noisiest 5 % of them are above 4, and carry 40 % of the variance. As a result, the
+# largest of 256 ratios is typically 7,000 to 19,000, depending on the base. With normal noise of
+# the same σ it would be 200 to 400. And *bad answers are the noisy ones*: σ is 2.2 nats over the
+# bad answers, and 0.9 over the good ones. An improbable token moves the estimate most, as in the
+# example. So the noise meets just the case in which GRPO has no bound (§6).
 #
-# What lowers it. K independent copies lower σ as 1/√K. Coupled masks lower it more while B is
+# What lowers it? K independent copies lower σ as 1/√K. Coupled masks lower it more while B is
 # small. σ grows with the number of tokens and with B. The other error of L̂, the *bias* log π −
 # ELBO, hardly moves in a few updates, and so cancels in the ratio.
 #
@@ -415,12 +420,13 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # gradient is as noisy as before. And it cannot always be done: an old likelihood that another
 # program computed, such as an inference engine, comes without its masks.
 #
-# A ratio without noise. The sampler draws a completion y *and* the order o in which to write it.
-# The probability of the pair is a product over the steps: p(token | what was visible then), times
-# the probability of o, which does not depend on θ. `trajectory` computes that product with a noisy
-# copy per step: B of them, not 2^B − 1. Nothing is drawn, so its ratio is exactly 1 at θ = θ_old.
-# This ratio is not ρ, but it is as good a weight: importance sampling works on pairs as well,
-# E_old[π_θ(y,o)/π_old(y,o)·f(y)] = E_θ[f(y)]. (Its mean over o, weighted by π_old(o|y), is ρ.)
+# Is there a ratio without noise? The sampler draws a completion y *and* the order o in which to
+# write it. The probability of the pair is a product over the steps: p(token | what was visible
+# then), times the probability of o, which does not depend on θ. `trajectory` computes that product
+# with a noisy copy per step: B of them, not 2^B − 1. Nothing is drawn, so its ratio is exactly 1 at
+# θ = θ_old. This ratio is not ρ, but it is as good a weight: importance sampling works on pairs as
+# well, E_old[π_θ(y,o)/π_old(y,o)·f(y)] = E_θ[f(y)]. (Its mean over o, weighted by π_old(o|y), is
+# ρ.)
 
 MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies are still affordable
 
@@ -486,16 +492,18 @@ ESTIMATORS = {
 }
 
 # ==== §6  The losses ==============================================================================
-# GRPO leaves a case without a bound, and StableDRL closes it with two lines. A GPT has a ratio per
-# token. Here there is one per completion, with the noise of all its tokens. The p of one token is a
-# probability, that of the token given the visible ones. But weighted by B/m, the terms of an ELBO
-# do not multiply to π, and so no ratio of single terms is an importance ratio.
+# GRPO leaves one case without a bound, and StableDRL bounds it with two lines. A GPT has a ratio
+# per token. Here there is one per completion, with the noise of all its tokens. Why not one per
+# token? Each term of L̂ is a log p times B/m. The p is a probability, that of the token given the
+# visible ones. But such terms do not add up to log π, so the ratio of two of them is no importance
+# ratio.
 #
-# GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). Let g be the gradient of L̂_θ(y) by θ. As L̂_old is
-# constant, ρ̂ = exp(L̂_θ − L̂_old) has the gradient ρ̂·g. Where min takes the first term, its
-# gradient is ρ̂·A·g. Where it takes the second and the clip binds, it is constant: gradient 0. Say
-# ε = 0.2 and ρ̂ = 1,000. For A = 1 it is min(1000, 1.2), with gradient 0. For A = −1 it is
-# min(−1000, −1.2), with gradient −1000·g. All losses here move θ along Σ weight·A·g / divisor:
+# GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). Let g be the gradient of L̂_θ(y) with respect to θ. As
+# L̂_old is constant, ρ̂ = exp(L̂_θ − L̂_old) has the gradient ρ̂·g. Where min takes the first term,
+# its gradient is ρ̂·A·g. Where it takes the second and the clip binds, it is constant: gradient 0.
+# Say ε = 0.2 and ρ̂ = 1,000. For A = 1 it is min(1000, 1.2), with gradient 0. For A = −1 it is
+# min(−1000, −1.2), with gradient −1000·g. All losses here have the gradient −Σ weight·A·g /
+# divisor:
 #     weight        GRPO, A > 0    GRPO, A < 0           StableDRL, any A
 #     ρ̂ < 1−ε       ρ̂              0                     1−ε (cannot happen if ε ≥ 1)
 #     in between    ρ̂              ρ̂                     ρ̂
@@ -505,7 +513,7 @@ ESTIMATORS = {
 # That is right for an exact ratio, which stays near 1. For an estimate, ρ̂ = 1,000 mostly says that
 # the noise was 6.9 nats; and the noisy answers are the bad ones (§5).
 #
-# StableDRL moves θ, for each group, along
+# For StableDRL, the negative gradient of a group is
 #     Σ_j w_j A_j g_j / Σ_j w_j,     w_j = clip(ρ̂_j, 1−ε, 1+ε)
 # Line 1 clips whatever the sign of A. Line 2 divides by the group's sum, so the weights are shares
 # of 1. The w_j are constants to autograd: they say how much a completion counts, and are not to be
@@ -513,28 +521,31 @@ ESTIMATORS = {
 #     line 1 alone (clip_only)   groups with large ratios outweigh the others
 #     line 2 alone (norm_only)   one outlier takes all the weight of its group
 #     no ratio (no_ratio)        all weigh 1/G, as if the policy were still the one that sampled
-# What bounded weights do. The update of a group is a weighted mean of its A_j·g_j, so its norm is
-# at most max_j |A_j|·‖g_j‖, whatever the ratios are. Whoever does not clip the norm of the gradient
-# is protected by this bound. `train` does clip it, to 1 and with any loss, so here the *direction*
-# counts: no completion takes more than its share. With line 1, one completion beside seven of ratio
-# 1 has at most (1+ε)/(1+ε+7) = 6/13 of the weight. Without line 1 it may have all.
+# What do bounded weights do? The negative gradient of a group is a weighted mean of its A_j·g_j, so
+# its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are. This bound protects whoever does
+# not clip the norm of the gradient. `train` does clip it, to 1 and with any loss. So here bounded
+# weights matter for the *direction*: one noisy completion cannot decide it. Beside seven
+# completions of ratio 1 it has at most (1+ε)/(1+ε+7) = 6/13 of the weight, and without line 1 it
+# may have all. (Line 1 has no lower bound for ε ≥ 1. Beside seven of very small ratios one
+# completion may still have most of the weight.)
 #
-# What StableDRL gives up. It has no 0 in its column. In GRPO, once the updates of a batch have
+# What does StableDRL give up? It has no 0 in its column. In GRPO, once the updates of a batch have
 # moved a completion by more than ε in the intended direction (a good one up, a bad one down), its
 # weight becomes 0, and it is left alone. StableDRL goes on moving it. So ε means two things. GRPO's
-# (0.2) limits how far a batch may move the policy: a *trust region*. StableDRL's (5 in the paper)
-# cuts a long tail. And the advantages of a group sum to 0, but Σ w·A does not. Where large weights
+# (0.2) takes away the reason to move further: a *trust region*. StableDRL's (5 in the paper) cuts a
+# long tail. And the advantages of a group sum to 0, but Σ w·A does not. Where large weights
 # fall on bad answers, the group as a whole is pushed down a little; where they fall on good ones,
 # up.
 #
-# At ρ = 1 all losses agree: their gradient is −mean A·g, a step up the docstring's Σ A·log π with
-# L̂ for log π. Their *value* is 0 there: for GRPO since Σ A = 0, for StableDRL since log ρ̂ = 0. That
-# is no fault. The value of these losses means nothing, and only their gradient is used.
+# Where every ρ̂ is 1, all losses agree: their gradient is −mean A·g, and a step down it is a step
+# up the docstring's Σ A·log π, with L̂ for log π. Their *value* is 0 there: for GRPO since Σ A = 0,
+# for StableDRL since log ρ̂ = 0. That is no fault. The value of these losses means nothing, and
+# only their gradient is used.
 
 def group_advantages(rewards, group_size):
     """Rewards (N,) -> (N,): (reward − mean of its group) / (standard deviation of its group). Equal
     rewards give exactly 0: such a group teaches nothing. With G = 8, and each answer right with
-    probability p, that is p^G + (1−p)^G of all groups: 11 % at p = 0.24, and 66 % at p = 0.05."""
+    probability p, that is p^G + (1−p)^G of all groups: 17 % at p = 0.2, and 66 % at p = 0.05."""
     check_batch(group_size, rewards)
     groups = rewards.view(-1, group_size)  # (M, G)
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
@@ -550,8 +561,8 @@ def check_batch(group_size, *tensors):
     assert N % group_size == 0, f"{N} completions are no multiple of group_size {group_size}"
 
 def safe_exp(log_ratio):
-    """exp of log_ratio (N,), but at most e^80, as float32 ends at e^88. The gradient is exp's own;
-    a clamp would zero it."""
+    """exp of log_ratio (N,), as float32 ends at e^88. Above 80, value and gradient are those at 80;
+    a clamp would make the gradient 0. (Its norm may still overflow: `check_finite` then stops.)"""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
 
@@ -585,11 +596,12 @@ LOSSES = {
 }
 
 # ==== §7  Diagnostics =============================================================================
-# What to watch before the reward falls. The best sign is `spread`, the standard deviation of log ρ̂
-# at the first update of a batch. Every true ratio is 1 at that point, so whatever it shows is
-# noise, and a model of any size can log it. It foresees *whether* GRPO collapses, not when. Then
-# comes the norm of the gradient before it is clipped. Two more numbers need exact likelihoods, and
-# so end at blocks of MAX_EXACT_BLOCK: `noise_std` and `drift`.
+# What should one watch before the reward falls? The best sign is `spread`, the standard deviation
+# of log ρ̂ at the first update of a batch. Every true ratio is 1 at that point, so whatever it
+# shows is noise. A model of any size can log it. It foresees *whether* GRPO collapses, not when.
+# The second sign is the norm of the gradient before it is clipped. Two more numbers, `noise_std`
+# and `drift`, need exact likelihoods. So they are measured only for blocks of at most
+# MAX_EXACT_BLOCK.
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
     """log_ratio (N,) -> dict of floats, about ratios before any clipping. ratio_max: the largest
@@ -642,10 +654,10 @@ def check_finite(update, loss, grad_norm, log_ratio):
 
 
 # ==== §8  Training ================================================================================
-# The old and the new policy part in one loop, `train`. A batch of completions is sampled, scored by
-# the policy as it is ("old"), and used for μ updates. At the first update θ = θ_old and every ρ is
-# 1; later not. With μ = 1 every ρ is 1 always: the *estimate* ρ̂ is then nothing but noise, and the
-# right thing is to leave it out (no_ratio).
+# The old and the new policy drift apart in one loop, `train`. A batch of completions is sampled,
+# scored by the policy as it is ("old"), and used for μ updates. At the first update θ is θ_old, and
+# every ρ is 1. Later it is not. With μ = 1 every ρ is 1 always: the *estimate* ρ̂ is then nothing
+# but noise, and the right thing is to leave it out (no_ratio).
 #
 # Prompts, samples and masks each have a random stream of their own, made from the seed and the
 # number of updates done. So with one seed all losses start from the same base and see the same
@@ -793,7 +805,7 @@ def train(config, base_model, folder):
         measure_noise = log_is_due and B <= MAX_EXACT_BLOCK
 
         # (1) The old policy answers each prompt G times, and the answers are judged.
-        torch.manual_seed(seed_for(config, f"yours {done}"))  # for what your own loss may draw
+        torch.manual_seed(seed_for(config, f"yours {done}"))  # in case your own loss draws
         rng = np.random.default_rng([config.seed, 1, done])
         texts, _ = task.sample(rng, config.prompts, "train")
         sampling = stream(config, f"samples {done}")

@@ -34,9 +34,7 @@ import torch
 import stabledrl as S
 from toy_tasks import TASKS
 
-torch.set_num_threads(
-    1
-)  # the tensors are tiny; and so no test forks this process
+torch.set_num_threads(1)  # so no test forks this process; the tensors are tiny
 HERE = Path(__file__).parent
 SOURCE = (HERE / "stabledrl.py").read_text(encoding="utf-8")
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -82,14 +80,11 @@ def separate_passes(n, B):
                 tokens = TOKENS[n, :end].clone()
                 for place in hidden:
                     tokens[end - B + place] = 4
-                p = MODEL(tokens[None], torch.arange(end), mask)[0, -B:].softmax(
-                    -1
-                )
-                answers = TOKENS[n, end - B : end].tolist()
-                log_p = [
-                    p[i, answer].log().item() for i, answer in enumerate(answers)
-                ]
-                found[(end - 6) // B - 1, hidden] = log_p
+                logits = MODEL(tokens[None], torch.arange(end), mask)
+                p = logits[0, -B:].softmax(-1)
+                answers = TOKENS[n, end - B : end]
+                log_p = p.log().gather(-1, answers[:, None])
+                found[(end - 6) // B - 1, hidden] = log_p[:, 0].tolist()
     return found
 
 def places(hidden):
@@ -153,10 +148,8 @@ def test_one_layer_against_plain_loops():
     """§1: one layer, two heads, written out: scores q·k/√D of the rotated, softmax over what the
     mask allows, MLP, and everything added to what came in."""
     model = tiny_model(n_layer=1)
-    w = {
-        name: value.double().numpy()
-        for name, value in model.state_dict().items()
-    }
+    weights = model.state_dict().items()
+    w = {name: value.double().numpy() for name, value in weights}
     tokens, positions, mask = (
         TOKENS[0, :4],
         [2, 5, 9, 4],
@@ -176,9 +169,8 @@ def test_one_layer_against_plain_loops():
     for i, head in itertools.product(range(4), range(2)):
         seen = places(mask[i])
         query = turned(q[head, i], positions[i])
-        scores = [
-            query @ turned(k[head, j], positions[j]) / 8**0.5 for j in seen
-        ]
+        keys = [turned(k[head, j], positions[j]) for j in seen]
+        scores = np.array(keys) @ query / 8**0.5
         weights = np.exp(scores) / np.exp(scores).sum()
         attended[i, head] = weights @ v[head, seen]
     x = x + attended.reshape(4, 16) @ w["layers.0.out.weight"].T
@@ -243,9 +235,8 @@ def test_staircase_follows_its_three_rules(P, L, B, K):
     expected = [[may_look(query, key, B) for key in tokens] for query in tokens]
     copies = {} if K == 1 else {"copies": K}  # one copy is the default
     assert S.staircase_mask(P, L, B, **copies).tolist() == expected
-    assert S.staircase_positions(P, L, **copies).tolist() == [
-        position for _, position in tokens
-    ]
+    positions = [position for _, position in tokens]
+    assert S.staircase_positions(P, L, **copies).tolist() == positions
 
 @pytest.mark.parametrize("P,L", [(5, 6), (6, 5)])
 def test_lengths_that_are_no_multiple_of_the_block_are_refused(P, L):
@@ -330,9 +321,8 @@ def test_completions_of_one_prompt_may_share_it():
     )
     assert len(samples.unique(dim=0)) > 3
     masks = S.sample_masks(9, 2, 6, 2, seeded())
-    shared, separate = (
-        S.elbo(MODEL, p, samples, masks, 2) for p in (PROMPTS, written_out)
-    )
+    shared = S.elbo(MODEL, PROMPTS, samples, masks, 2)
+    separate = S.elbo(MODEL, written_out, samples, masks, 2)
     assert torch.allclose(shared, separate, atol=1e-5)
     expected = gradients(separate.square().sum())
     difference = gradients(shared.square().sum()) - expected
@@ -340,10 +330,9 @@ def test_completions_of_one_prompt_may_share_it():
 
 def test_block_size_one_is_an_autoregressive_model():
     """All likelihoods are then one number, the chain rule Σ log p(y_i | everything before)."""
-    chain = [
-        sum(separate_passes(n, 1)[i, (0,)][0] for i in range(6))
-        for n in range(3)
-    ]
+    chain = []
+    for n in range(3):
+        chain.append(sum(separate_passes(n, 1)[i, (0,)][0] for i in range(6)))
     masks, steps = torch.ones(3, 1, 6, dtype=torch.bool), torch.zeros_like(
         COMPLETIONS
     )
@@ -409,9 +398,9 @@ def test_the_estimate_is_unbiased(masks, B):
 def test_more_copies_are_less_noisy_and_coupled_ones_less_still(B):
     """§5: four copies have a quarter of the variance of one, within 20 % (8 standard errors); one
     coupled pair has less than two independent copies, by more than a tenth."""
-    one, two, four = (
-        many_estimates(S.sample_masks, copies, B).var(1) for copies in (1, 2, 4)
-    )
+    one = many_estimates(S.sample_masks, 1, B).var(1)
+    two = many_estimates(S.sample_masks, 2, B).var(1)
+    four = many_estimates(S.sample_masks, 4, B).var(1)
     assert (4 * four).tolist() == pytest.approx(one.tolist(), rel=0.2)
     assert (many_estimates(S.coupled_masks, 2, B).var(1) < 0.9 * two).all()
 
@@ -452,10 +441,8 @@ def test_completions_and_their_steps_follow_the_trajectory_distribution(B):
         p = S.trajectory(
             SHARP, PROMPT, everything, steps, B
         ).exp() / math.factorial(B)
-        expected |= {
-            (*y, *order): 30_000 * q
-            for y, q in zip(everything.tolist(), p.tolist())
-        }
+        for y, q in zip(everything.tolist(), p.tolist()):
+            expected[(*y, *order)] = 30_000 * q
     options = dict(generator=seeded(B), samples=30_000, return_steps=True)
     check_chi_square(
         torch.cat(S.generate(SHARP, PROMPT, B, B, **options), 1), expected
@@ -465,10 +452,8 @@ def test_temperature_divides_the_logits():
     """One token, 40,000 draws at T = 0.5 against softmax(logits/T)."""
     tokens = torch.cat((PROMPT, torch.tensor([[3]])), 1)
     logits = SHARP(tokens, torch.arange(7), S.block_causal_mask(7, 1))[0, -1, :3]
-    expected = {
-        (token,): 40_000 * p
-        for token, p in enumerate((2 * logits).softmax(0).tolist())
-    }
+    p = (2 * logits).softmax(0).tolist()
+    expected = {(token,): 40_000 * p[token] for token in range(3)}
     drawn = S.generate(
         SHARP, PROMPT, 1, 1, 0.5, generator=seeded(), samples=40_000
     )
@@ -585,10 +570,8 @@ def test_exact_values_equal_brute_force_over_all_orders(B):
     for n in range(3):
         expected = [0.0, 0.0]
         for b in range(6 // B):
-            paths = [
-                path(n, B, b, order)
-                for order in itertools.permutations(range(B))
-            ]
+            orders = itertools.permutations(range(B))
+            paths = [path(n, B, b, order) for order in orders]
             expected[0] += statistics.mean(paths)
             expected[1] += math.log(statistics.mean(map(math.exp, paths)))
         assert [bound[n].item(), likelihood[n].item()] == pytest.approx(
@@ -614,9 +597,8 @@ def test_the_trajectory_is_the_product_along_the_order(B):
 def test_patterns_are_all_ways_to_hide_something():
     """B = 3, each pattern against passes of its own; blocks of more than 6 are refused."""
     patterns, log_p = S.every_pattern(MODEL, PROMPTS, COMPLETIONS, 3)
-    assert patterns.tolist() == [
-        [bool(s & 2**i) for i in range(3)] for s in range(1, 8)
-    ]
+    bits = [[s & 1 > 0, s & 2 > 0, s & 4 > 0] for s in range(1, 8)]
+    assert patterns.tolist() == bits
     for n, s, b in itertools.product(range(3), range(7), range(2)):
         alone = separate_passes(n, 3)[b, places(patterns[s])]
         assert log_p[n, s, b].tolist() == pytest.approx(alone, abs=1e-4)
@@ -906,6 +888,24 @@ def batches(monkeypatch):
     monkeypatch.setattr(S, "answer", watched)
     return seen
 
+def test_each_answer_is_judged_with_its_own_prompt(monkeypatch):
+    """Rows i·G .. i·G+G−1 answer prompt i."""
+    task, texts = TASKS["addition"], ["12+34=", "56+07="]
+    monkeypatch.setattr(task, "reward", lambda prompt, answer: int(prompt[:2]) / 64)
+    batch, rewards = S.answer(S.new_model(tiny()), task, texts, 2, samples=3)
+    assert rewards.tolist() == [12 / 64] * 3 + [56 / 64] * 3
+    assert S.decode(task, batch["prompts"]) == texts and batch["block_size"] == 2
+    assert batch["completions"].shape == batch["steps"].shape == (6, 4)
+
+def test_accuracy_is_the_share_of_500_held_out_prompts_that_are_solved(monkeypatch):
+    """Not of those that earn something: some tasks reward a part of an answer."""
+    task = TASKS["addition"]
+    rewards = {"0": 1.0, "1": 1.0, "2": 0.5}
+    monkeypatch.setattr(task, "reward", lambda prompt, answer: rewards.get(prompt[0], 0.0))
+    texts, _ = task.sample(np.random.default_rng(0), 500, "test")
+    solved = sum(text[0] in "01" for text in texts)
+    assert S.accuracy(S.new_model(tiny()), task, 2) == solved / 500
+
 def test_a_run_depends_on_its_seed_and_not_on_the_global_random_state(tmp_path):
     logs = []
     for i, seed in enumerate((0, 0, 1)):
@@ -1037,14 +1037,11 @@ def test_noise_is_measured_for_blocks_of_at_most_6(B, tmp_path, monkeypatch):
 def test_pretraining_stops_at_the_accuracy_asked_for_or_says_why_not(
     monkeypatch,
 ):
-    policies = [
-        S.pretrain(tiny(base_accuracy=0.004, base_lr=rate))
-        for rate in (1e-3, 2e-3)
-    ]
-    assert all(
-        0.004 <= S.accuracy(policy, TASKS["addition"], 2) < 0.2
-        for policy in policies
-    )
+    policies = []
+    for rate in (1e-3, 2e-3):
+        policies.append(S.pretrain(tiny(base_accuracy=0.004, base_lr=rate)))
+        accuracy = S.accuracy(policies[-1], TASKS["addition"], 2)
+        assert 0.004 <= accuracy < 0.2
     assert not torch.equal(policies[0].embed.weight, policies[1].embed.weight)
     monkeypatch.setattr(S, "tqdm", lambda steps, disable: steps[:10])
     with pytest.raises(
@@ -1073,9 +1070,8 @@ def test_a_number_that_is_not_finite_stops_the_run(
     ):
         train(tmp_path)
     assert len(log_lines(tmp_path)) == 2
-    assert [
-        row["update"] for row in torch.load(tmp_path / "checkpoint.pt")["rows"]
-    ] == [2]
+    rows = torch.load(tmp_path / "checkpoint.pt")["rows"]
+    assert [row["update"] for row in rows] == [2]
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_run_is_the_same_kind_of_thing_on_a_gpu(tmp_path):

@@ -4,13 +4,14 @@ A task is any object with these attributes (`toy_tasks/addition.py` is the examp
 
     name            what --task calls it
     vocab           one character per token id; the model adds its [MASK] token behind the last one
-    prompt_len      P, the characters of every prompt        } multiples of block_size: a prompt that ended inside a
-    completion_len  L, the characters of every completion    } block would be trained and sampled under different blocks
-    block_size      B, the characters that are denoised together
-    sample(rng, n, split)       -> n prompts and n reference completions (lists of str); rng is a numpy Generator,
-                                   split is "train" or "test", and no prompt is in both
-    reward(prompt, completion)  -> float in [0, 1], judged from the two strings alone; takes any string, never
-                                   raises; 0 for a completion of another length
+    prompt_len      P, the characters of every prompt, a multiple of block_size
+    completion_len  L, the characters of every completion, a multiple of block_size
+    block_size      B, the characters of a block
+    sample(rng, n, split)       -> n prompts and n reference completions (lists of str), drawn by
+                                   the numpy Generator rng; split is "train" or "test", and no
+                                   prompt is in both
+    reward(prompt, completion)  -> float in [0, 1], judged from the two strings alone. It takes any
+                                   string and never raises. A completion of another length gets 0.
 
 To add one: write the module, and put it into TASKS.
 """
@@ -24,8 +25,8 @@ TASKS = {task.name: task for task in (addition, addition3, addition5, chain, cou
 
 
 def encode(task, texts):
-    """Strings of one length -> (N, length) int64 array of token ids. ValueError for several lengths, and for a
-    character outside task.vocab."""
+    """Strings of one length -> (N, length) int64 array of token ids. ValueError for several
+    lengths, and for a character outside task.vocab."""
     lengths = {len(text) for text in texts}
     if len(lengths) > 1:
         raise ValueError(f"the texts must have one length, not {sorted(lengths)}")
@@ -39,7 +40,8 @@ def encode(task, texts):
 
 
 def decode(task, tokens):
-    """(N, length) token ids (array, tensor or nested list) -> list of N strings. [MASK] is shown as "_"."""
+    """(N, length) token ids (array, tensor or nested list) -> list of N strings. [MASK] is shown
+    as "_"."""
     rows = tokens.tolist() if hasattr(tokens, "tolist") else tokens
     characters = task.vocab + "_"
     texts = []

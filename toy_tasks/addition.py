@@ -1,12 +1,14 @@
 """Addition of two numbers below 100:   "12+34=" -> "46.."     "07+95=" -> "102."
 
 Why it looks like this:
-  * operands keep their leading zero: every prompt has 6 characters, so no batch needs padding;
-  * the answer starts at once and is filled up with "." to 4 characters: the dot is an ordinary token that the model
-    must emit, so the likelihood covers exactly what was sampled, and no padding mask exists anywhere;
-  * two characters form a block (B = 2): "46|..", "10|2.". Inside a block the digits come in any order, so the tens
-    may have to be written before the units are known, carry and all: easy to half-learn, hard to get right;
-  * the reward is 1 for the one right string and 0 for any other: nothing to game, and a sum is checked, not matched.
+  * Operands keep their leading zero. So every prompt has 6 characters, and no batch needs padding.
+  * The answer starts at once and is filled up with "." to 4 characters. The dot is an ordinary
+    token that the model must write. So the likelihood covers exactly what was sampled, and no
+    padding mask exists anywhere.
+  * Two characters form a block (B = 2): "46|..", "10|2.". Inside a block the digits come in any
+    order, so the tens may have to be written before the units are known, carry and all. This is
+    easy to half-learn, and hard to get right.
+  * The reward is 1 for the one right string and 0 for any other. There is nothing to game.
 """
 
 import re
@@ -17,14 +19,16 @@ name = "addition"
 vocab = "0123456789+=."
 prompt_len, completion_len, block_size = 6, 4, 2
 
-# Unordered pairs {a, b}: 34+12 is held out whenever 12+34 is. A fixed shuffle sends one pair in ten to the test split.
+# Unordered pairs {a, b}: 34+12 is held out whenever 12+34 is. A fixed shuffle sends one pair in ten
+# to the test split.
 _PAIRS = np.array([(a, b) for a in range(100) for b in range(a, 100)])
 _PAIRS = np.random.default_rng(0).permutation(_PAIRS)
 _SPLITS = {"test": _PAIRS[:505], "train": _PAIRS[505:]}
 
 
 def sample(rng, n, split):
-    """n prompts and their answers (two lists of str), drawn with replacement by the numpy Generator `rng`."""
+    """n prompts and their answers (two lists of str), drawn with replacement by the numpy Generator
+    `rng`."""
     pairs = _SPLITS[split]
     drawn = pairs[rng.integers(len(pairs), size=n)]
     prompts, answers = [], []
@@ -44,5 +48,6 @@ def _answer(prompt):
 
 
 def reward(prompt, completion):
-    """1.0 if `completion` is the right sum, written the one right way, else 0.0. Total: any two strings will do."""
+    """1.0 if `completion` is the right sum, written the one right way, else 0.0. Any two strings
+    will do."""
     return float(completion == _answer(prompt))

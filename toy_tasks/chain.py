@@ -1,10 +1,10 @@
 """Sums of four digits, with the running sums written out:   "7+5+8+6=" -> "122026"   (12, 20, 26)
 
 Why it looks like this:
-  * one running sum is one block (B = 2), with a leading zero: "09|15|..", so nothing needs padding;
-  * every block needs the one before it: this is the toy's chain of thought, and what block diffusion is made for;
-  * the reward is 1 for the right final number, and looks at nothing else: the steps are only a means. A model may
-    learn to skip them, or recover from a wrong one.
+  * One running sum is one block (B = 2), with a leading zero: "09|15|..". So nothing needs padding.
+  * Every block needs the one before it. This is the toy's chain of thought.
+  * The reward is 1 for the right final number, and looks at nothing else. The steps are only a
+    means: a model may learn to skip them, or to recover from a wrong one.
 """
 
 import itertools
@@ -16,14 +16,16 @@ name = "chain"
 vocab = "0123456789+="
 prompt_len, completion_len, block_size = 8, 6, 2
 
-# The four digits as a multiset: 1+2+3+4 is held out whenever 4+3+2+1 is. A fixed shuffle sends one in seven to the test.
+# The four digits as a multiset: 1+2+3+4 is held out whenever 4+3+2+1 is. A fixed shuffle sends one
+# in seven to the test split.
 _DIGITS = list(itertools.combinations_with_replacement(range(10), 4))
 _DIGITS = np.random.default_rng(0).permutation(_DIGITS)
 _SPLITS = {"test": _DIGITS[:100], "train": _DIGITS[100:]}
 
 
 def sample(rng, n, split):
-    """n prompts and their answers (two lists of str), drawn with replacement by the numpy Generator `rng`."""
+    """n prompts and their answers (two lists of str), drawn with replacement by the numpy Generator
+    `rng`."""
     digits = _SPLITS[split]
     drawn = digits[rng.integers(len(digits), size=n)]
     prompts, answers = [], []
@@ -43,7 +45,8 @@ def _sums(prompt):
 
 
 def reward(prompt, completion):
-    """1.0 if the last number is the right sum, and all is two-digit numbers, else 0.0. Total: any two strings will do."""
+    """1.0 if the last number is the right sum, and all is two-digit numbers, else 0.0. Any two
+    strings will do."""
     sums = _sums(prompt)
     if sums is None or not re.fullmatch("[0-9]{6}", completion):
         return 0.0

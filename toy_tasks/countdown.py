@@ -1,8 +1,12 @@
-"""Countdown: reach the target with all three numbers and + - *.   "3,8,2=22" -> "(3+8)*2."   "5,1,9=14" -> "5*1+9..."
+"""Countdown: reach the target with all three numbers and + - *.
+
+    "3,8,2=22" -> "(3+8)*2."      "5,1,9=14" -> "5*1+9..."
 
 Why it looks like this:
-  * every prompt has 8 characters, and answers are filled up with "." to 8. Many are right: 2*(8+3) as well;
-  * reward 1: each number used once, target hit; 0.1: only well formed. The judge parses; it runs no code.
+  * Every prompt has 8 characters, and answers are filled up with "." to 8. Several answers may be
+    right: 2*(8+3) as well.
+  * The reward is 1 if each number is used once and the target is hit, and 0.1 if the expression is
+    only well formed. The judge parses; it runs no code.
 """
 
 import functools
@@ -21,7 +25,8 @@ _FORMS = ("{a}{x}{b}{y}{c}", "({a}{x}{b}){y}{c}", "{a}{x}({b}{y}{c})")
 
 
 def _parse(text):
-    """The value of an expression over + - * ( ), the usual way; ValueError if it is none. Linear time."""
+    """The value of an expression over + - * ( ), the usual way, in linear time; ValueError if it is
+    none."""
     tokens = ["end", *re.findall(r"[0-9]+|.", text, re.S)[::-1]]  # the last one is read next
 
     def series(symbols, part):  # parts, joined by symbols, from left to right
@@ -55,7 +60,8 @@ def _parse(text):
 
 @functools.cache
 def _problems():
-    """{"test": .., "train": ..}: lists of ((*digits, target), all right expressions), split by digits and target."""
+    """{"test": .., "train": ..}: lists of ((*digits, target), all right expressions), split by
+    digits and target."""
     found = {}
     for a, b, c in itertools.product(range(1, 10), repeat=3):
         for x, y in itertools.product("+-*", repeat=2):
@@ -72,7 +78,8 @@ def _problems():
 
 
 def sample(rng, n, split):
-    """n prompts and one right answer for each (two lists of str), drawn with replacement by the numpy Generator `rng`."""
+    """n prompts and one right answer for each (two lists of str), drawn with replacement by the
+    numpy Generator `rng`."""
     problems = _problems()[split]
     prompts, answers = [], []
     for i in rng.integers(len(problems), size=n):
@@ -85,7 +92,7 @@ def sample(rng, n, split):
 
 
 def reward(prompt, completion):
-    """1.0, 0.1 or 0.0, as above. Total: any two strings will do; another length than 8 is not looked at."""
+    """1.0, 0.1 or 0.0, as above. Any two strings will do; a length other than 8 earns 0.0."""
     if not re.fullmatch("[1-9],[1-9],[1-9]=[0-9]{2}", prompt) or len(completion) != completion_len:
         return 0.0
     text = completion.rstrip(".")

@@ -4,10 +4,11 @@
     addition5    "0012345+0067890=" -> "80235..."      P = 16, L = 8, B = 8; also for B = 1, 2 and 4
 
 Why they look like this:
-  * like `addition`: operands keep zeros in front, answers are filled up with ".", one string is right;
-  * the whole answer is one block: carries run through it, and its digits come in any order. With a smaller --block_size
-    the same task has less of that, and with B = 1 none;
-  * there are too many pairs for a list: whether one is held out follows from its numbers.
+  * As in `addition`, operands keep zeros in front, answers are filled up with ".", and one string
+    is right.
+  * The whole answer is one block. Carries run through it, and its digits come in any order. With a
+    smaller --block_size the same task has less of that, and with B = 1 none.
+  * There are too many pairs for a list. Whether a pair is held out follows from its numbers.
 """
 
 import re
@@ -16,7 +17,8 @@ import numpy as np
 
 
 class LongAddition:
-    """A task, as toy_tasks/__init__.py describes it: operands below 10^digits, written with `width` characters."""
+    """A task, as toy_tasks/__init__.py describes it: operands below 10^digits, written with `width`
+    characters."""
 
     vocab = "0123456789+=."
 
@@ -27,7 +29,8 @@ class LongAddition:
         self.completion_len = self.block_size = completion_len
 
     def sample(self, rng, n, split):
-        """n prompts and their answers (two lists of str), drawn with replacement by the numpy Generator `rng`."""
+        """n prompts and their answers (two lists of str), drawn with replacement by the numpy
+        Generator `rng`."""
         prompts, answers = [], []
         while len(prompts) < n:
             a, b = map(int, rng.integers(self.limit, size=2))
@@ -37,7 +40,8 @@ class LongAddition:
         return prompts, answers
 
     def reward(self, prompt, completion):
-        """1.0 if `completion` is the right sum, written the one right way, else 0.0. Total: any two strings will do."""
+        """1.0 if `completion` is the right sum, written the one right way, else 0.0. Any two
+        strings will do."""
         number = f"([0-9]{{{self.width}}})"
         operands = re.fullmatch(rf"{number}\+{number}=", prompt)
         if operands is None:
@@ -47,7 +51,8 @@ class LongAddition:
 
 
 def _held_out(a, b):
-    """Whether a + b is a test problem: one pair in ten, in both orders. 1,009 is prime, so that no digit decides."""
+    """Whether a + b is a test problem: one pair in ten is, in both orders. 1,009 is prime, so no
+    digit decides."""
     low, high = sorted((a, b))
     return (17 * low + 31 * high) % 1009 < 101
 

@@ -1,13 +1,13 @@
 """Sudoku on 4×4 cells:   "12.43.12.143432." -> the 16 digits of the full grid, row by row
 
 Why it looks like this:
-  * a row is a block (B = 4), as long as exact likelihoods are cheap; the rows before it are given, those behind are not:
-    so the first row must already fit what will come, which only the givens tell;
-  * 12 cells are given, chosen so that exactly one of the 288 grids fits. The model writes all 16, and copying the
-    givens is part of the work;
-  * the split is by grid: no solution of a test puzzle has been seen in training;
-  * the reward is the share of empty cells that are right; a given that was overwritten counts as one more wrong cell. So
-    reward 1 means solved: `accuracy` in the log is the solved rate.
+  * A row is a block (B = 4). When it is written, the rows before it are finished and those after it
+    are not. So the first row must already fit what will come, and only the givens tell.
+  * 12 cells are given, chosen so that exactly one of the 288 grids fits. The model writes all 16,
+    and copying the givens is part of the work.
+  * The split is by grid: no solution of a test puzzle has been seen in training.
+  * The reward is the share of empty cells that are right. A given that was overwritten counts as
+    one more wrong cell. So reward 1 means solved, and `accuracy` in the log is the solved rate.
 """
 
 import functools
@@ -44,11 +44,13 @@ def _all_grids():
 
 _GRIDS = np.random.default_rng(0).permutation(_all_grids())
 _SPLITS = {"test": range(0, 28), "train": range(28, 288)}
-_PLACES = 5.0 ** np.arange(16)  # cells as the digits of one number: grids that agree on the givens have the same
+# Cells as the digits of one number: grids that agree on the givens have the same number.
+_PLACES = 5.0 ** np.arange(16)
 
 
 def sample(rng, n, split):
-    """n puzzles and their solutions (two lists of str), drawn with replacement by the numpy Generator `rng`."""
+    """n puzzles and their solutions (two lists of str), drawn with replacement by the numpy
+    Generator `rng`."""
     prompts, answers = [], []
     twelve = np.tile(np.arange(16) < 12, (n, 1))
     while len(prompts) < n:
@@ -66,7 +68,8 @@ def sample(rng, n, split):
 
 @functools.lru_cache(2**14)
 def _solution(prompt):
-    """The only grid that fits, as a str, or None where the prompt is not a puzzle with one solution and something to do."""
+    """The only grid that fits, as a str; None where the prompt is no puzzle with one solution and
+    an empty cell."""
     if len(prompt) != 16 or not set(prompt) <= set(vocab) or "." not in prompt:
         return None
     cells = np.array([vocab.index(c) + 1 for c in prompt])
@@ -77,7 +80,8 @@ def _solution(prompt):
 
 
 def reward(prompt, completion):
-    """Right empty cells / (empty cells + overwritten givens); 0.0 for another length. Total: any two strings will do."""
+    """Right empty cells / (empty cells + overwritten givens); 0.0 for another length. Any two
+    strings will do."""
     solution = _solution(prompt)
     if solution is None or len(completion) != 16:
         return 0.0

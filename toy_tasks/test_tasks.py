@@ -178,8 +178,8 @@ def random_completions(task, references, rng, n):
     "n", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)]
 )
 def test_no_completion_fools_or_stops_the_judge(task, n):
-    """No exception, reward 1 for just what the oracle calls right, and no call above 50 ms. (A judge
-    that hangs takes seconds.)"""
+    """No exception, reward 1 for just what the oracle calls right, and no call above 50 ms. (A
+    judge that hangs takes seconds.)"""
     assert task.name in ORACLES, "a new task needs an independent judge here"
     rng = np.random.default_rng(0)
     prompts, references = task.sample(rng, 1_000, "train")

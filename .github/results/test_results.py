@@ -1,10 +1,12 @@
-"""The results page and its script: objectives against their published formulas, page against kept lines; benchmarks."""
+"""The results page and its scripts: objectives against their published formulas, the page against
+the kept lines, and your own loss."""
 
 import importlib.util
-import itertools
+import json
 import math
+import re
 import statistics
-import time
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -12,194 +14,204 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("measure", HERE / "measure.py")
-measure = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(measure)
-S = measure.S
+sys.path.insert(0, str(HERE))
+
+import experiments
+import measure
+import noise
+from experiments import EXPERIMENTS, S
+
 torch.set_num_threads(1)
+PAGE = (HERE / "README.md").read_text()
 
 @pytest.fixture(autouse=True)
 def registered():
-    """The script's losses and estimators, for one test."""
+    """The scripts' losses and estimators, for one test."""
     with mock.patch.dict(S.LOSSES), mock.patch.dict(S.ESTIMATORS):
-        measure.register()
+        experiments.register()
         yield
 
-def drawn(seed, N=12):
-    """Random log-ratios, from small to wild, and advantages with both signs."""
-    g = torch.Generator().manual_seed(seed)
-    scale = (0.1, 1.0, 3.0)[seed % 3]
-    log_ratio = scale * torch.randn(N, generator=g, dtype=torch.float64)
-    return log_ratio, torch.randn(N, generator=g, dtype=torch.float64)
+# ==== Objectives ==================================================================================
 
-def softmax(values):
-    powers = [math.exp(v) for v in values]
-    return [p / sum(powers) for p in powers]
+def drawn(seed):
+    """Random log-ratios of 12 completions, from small to wild, and advantages of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    log_ratio = torch.randn(12, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(12, generator=generator, dtype=torch.float64)
+    return (0.1, 1.0, 3.0)[seed % 3] * log_ratio, advantages
 
-def dual_clip(x, A, G):
-    """max(min(ρA, clip(ρ)A), cA) where A < 0, c = 6; ε = 0.2."""
-    total = 0.0
-    for a, r in zip(A, map(math.exp, x)):
-        clipped = min(r * a, min(max(r, 0.8), 1.2) * a)
-        total += max(clipped, 6 * a) if a < 0 else clipped
+def clip(ratio):
+    return min(max(ratio, 0.8), 1.2)
+
+def dual_clip(x, A):
+    """max(min(ρA, clip(ρ)A), 6A) where A < 0, min(ρA, clip(ρ)A) else."""
+    total = 0
+    for log_ratio, a in zip(x, A):
+        ratio = math.exp(log_ratio)
+        objective = min(ratio * a, clip(ratio) * a)
+        total += max(objective, 6 * a) if a < 0 else objective
     return -total / len(x)
 
-def per_token(x, A, G):
-    """min(sA, clip(s)A), s = ρ^(1/4)."""
-    ratios = [math.exp(v) ** 0.25 for v in x]
-    return -sum(min(s * a, min(max(s, 0.8), 1.2) * a) for s, a in zip(ratios, A)) / len(x)
+def per_token(x, A):
+    """min(sA, clip(s)A) with s = ρ^(1/4)."""
+    total = 0
+    for log_ratio, a in zip(x, A):
+        s = math.exp(log_ratio) ** 0.25
+        total += min(s * a, clip(s) * a)
+    return -total / len(x)
 
-def wd1(x, A, G):
-    """Σ over a group of (softmax(−A) − softmax(A))·log p, mean over groups."""
-    total = 0.0
-    for i in range(0, len(x), G):
-        plus, minus = softmax(A[i : i + G]), softmax([-a for a in A[i : i + G]])
-        total += sum((m - p) * v for m, p, v in zip(minus, plus, x[i : i + G]))
-    return total / (len(x) // G)
+def wd1(x, A):
+    """Σ (softmax(−A) − softmax(A))·log p over groups of 4, mean over groups."""
+    total = 0
+    for i in range(0, len(x), 4):
+        up = [math.exp(a) for a in A[i : i + 4]]
+        down = [math.exp(-a) for a in A[i : i + 4]]
+        for j in range(4):
+            total += (down[j] / sum(down) - up[j] / sum(up)) * x[i + j]
+    return total / (len(x) / 4)
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("formula", [dual_clip, per_token, wd1])
 def test_objectives_are_their_published_formulas(formula, seed):
-    """Value, and gradient by central differences, in plain Python, on log-ratios of 0.1 to 3 nats."""
-    log_ratio, A = drawn(seed)
+    """The value, and the gradient by central differences."""
+    log_ratio, advantages = drawn(seed)
     loss, eps = S.LOSSES[formula.__name__]
     leaf = log_ratio.clone().requires_grad_()
-    value = loss(leaf, A, eps, 4)
+    value = loss(leaf, advantages, eps, 4)
     value.backward()
-    x, A = log_ratio.tolist(), A.tolist()
-    assert value.item() == pytest.approx(formula(x, A, 4))
-    for i in range(len(x)):
-        up, down = ([v + h * (j == i) for j, v in enumerate(x)] for h in (1e-6, -1e-6))
-        assert leaf.grad[i].item() == pytest.approx((formula(up, A, 4) - formula(down, A, 4)) / 2e-6, abs=1e-6)
+    x, A = log_ratio.tolist(), advantages.tolist()
+    assert value.item() == pytest.approx(formula(x, A))
+    for i in range(12):
+        above, below = x.copy(), x.copy()
+        above[i] += 1e-6
+        below[i] -= 1e-6
+        slope = (formula(above, A) - formula(below, A)) / 2e-6
+        assert leaf.grad[i].item() == pytest.approx(slope, abs=1e-6)
 
-def test_cispo_is_clip_only_and_the_release_is_stabledrl_at_4():
-    """CISPO (arXiv 2506.13585): −mean sg(min(ρ, 1+ε))·A·log p. The release: w = min(ρ, 5)/Σ min(ρ, 5), held constant."""
-    for seed in range(6):
-        log_ratio, A = drawn(seed)
-        for name, eps in (("clip_only", 5.0), ("stabledrl", 4.0)):
-            leaf = log_ratio.clone().requires_grad_()
-            S.LOSSES[name][0](leaf, A, eps, 4).backward()
-            w = [min(math.exp(v), 1 + eps) for v in log_ratio.tolist()]
-            if name == "stabledrl":
-                w = [4 * v / sum(w[i // 4 * 4 : i // 4 * 4 + 4]) for i, v in enumerate(w)]
-            assert leaf.grad.tolist() == pytest.approx([-v * a / 12 for v, a in zip(w, A.tolist())])
+@pytest.mark.parametrize("seed", range(6))
+def test_clip_only_has_the_gradient_of_cispo(seed):
+    """CISPO (arXiv 2506.13585) minimises −mean min(ρ, 1+ε)·A·log p, min(ρ, 1+ε) held constant."""
+    log_ratio, advantages = drawn(seed)
+    leaf = log_ratio.clone().requires_grad_()
+    S.LOSSES["clip_only"][0](leaf, advantages, 5.0, 4).backward()
+    weights = [min(math.exp(x), 6) for x in log_ratio.tolist()]
+    expected = [-weight * a / 12 for weight, a in zip(weights, advantages.tolist())]
+    assert leaf.grad.tolist() == pytest.approx(expected)
 
-def test_one_sided_steps_use_answers_of_one_sign_alone():
-    """The gradient descended is +1 at a bad answer, −1 at a good one, drawn by lot among those of its sign; or |A|/Σ|A|
-    of that sign. Nothing where no answer has that sign. All four indices of a sign come up: fails by chance 4·(3/4)^100."""
-    A = torch.tensor([1.0, -1.0, 0.0, 3.0, -2.0, -1.0, 0.5, -0.1])
-    for name, (sign, single) in measure.ONE_SIDED.items():
-        found = set()
-        for _ in range(100):
-            leaf = torch.zeros(8, requires_grad=True)
-            S.LOSSES[name][0](leaf, A, 0.0, 8).backward()
-            found.add(tuple(leaf.grad.tolist()))
-        chosen = [i for i in range(8) if sign * A[i] > 0]
-        if single:
-            assert found == {tuple(-sign * float(i == j) for j in range(8)) for i in chosen}
-        else:
-            total = sum(abs(A[i].item()) for i in chosen)
-            (gradient,) = found
-            assert gradient == pytest.approx([-sign * abs(A[i].item()) / total * (i in chosen) for i in range(8)])
-        leaf = torch.zeros(8, requires_grad=True)
-        S.LOSSES[name][0](leaf, torch.zeros(8), 0.0, 8).backward()
-        assert not leaf.grad.any()
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.0, 3.0, -2.0, -1.0, 0.5, -0.1])
+
+def one_sided_gradient(name):
+    leaf = torch.zeros(8, requires_grad=True)
+    S.LOSSES[name][0](leaf, ADVANTAGES, 0.0, 8).backward()
+    return leaf.grad.tolist()
+
+@pytest.mark.parametrize("name, chosen, sign", [("bad", {1, 4, 5, 7}, 1), ("good", {0, 3, 6}, -1)])
+def test_one_sided_updates_use_answers_of_one_sign_alone(name, chosen, sign):
+    """One: each answer of that sign is chosen at times, no other ever (a right function fails by
+    chance with probability 4·(3/4)^100). All: weighted by |A|."""
+    seen = set()
+    for _ in range(100):
+        gradient = one_sided_gradient(f"one_{name}")
+        (place,) = [i for i in range(8) if gradient[i]]
+        assert gradient[place] == sign
+        seen.add(place)
+    assert seen == chosen
+    total = sum(abs(ADVANTAGES[i].item()) for i in chosen)
+    expected = [-ADVANTAGES[i].item() / total if i in chosen else 0 for i in range(8)]
+    assert one_sided_gradient(f"all_{name}") == pytest.approx(expected)
 
 def test_spikes_hit_a_twentieth_of_the_ratios():
+    """5,000 of 100,000, to within 5.8 standard errors."""
     torch.manual_seed(0)
-    seen = []
-    measure.spiked(lambda x, *_: seen.append(x))(torch.zeros(100_000), None, 0.2, 8)
-    values, counts = seen[0].unique(return_counts=True)
-    assert values.tolist() == pytest.approx([0, math.log(1e5)]) and 4_600 < counts[1] < 5_400  # 5.8 standard errors
+    spiked = experiments.spiked(lambda log_ratio, *others: log_ratio)
+    values, counts = spiked(torch.zeros(100_000), None, 0.2, 8).unique(return_counts=True)
+    assert values.tolist() == pytest.approx([0, math.log(1e5)])
+    assert 4_600 < counts[1] < 5_400
 
-def test_the_release_averages_over_masked_tokens_and_only_centres_the_rewards(monkeypatch):
-    log_p = -torch.arange(1.0, 9.0).view(1, 2, 4)
-    monkeypatch.setattr(S, "token_log_probs", lambda *_: log_p)
-    masks = torch.tensor([[[True, False, False, True], [True, True, True, False]]])
-    assert measure.mean_over_masked(None, None, None, masks, 2).item() == -((1 + 4) / 2 + (5 + 6 + 7) / 3) / 2
-    with measure.release():
-        assert S.group_advantages(torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 0.0]), 3).tolist() == pytest.approx(
-            [-2 / 3, 1 / 3, 1 / 3, 0, 0, 0])
-        optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], 1e-4, betas=(0.9, 0.99))
-        assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["weight_decay"] == 0.1
-    assert not isinstance(torch.optim.Adam([torch.zeros(1)]), torch.optim.AdamW)
+# ==== Page and kept lines =========================================================================
 
 def test_the_page_agrees_with_the_kept_lines():
-    """Every table is what the script makes of the lines; and two cells by hand, by Python's own statistics."""
-    page = (HERE / "README.md").read_text()
-    assert measure.page_with_tables(page) == page
-    by_hand = {"grpo-elbo": [], "stabledrl-elbo": []}
-    for line in measure.kept("main").values():
-        if f"{line['loss']}-{line['estimator']}" in by_hand:
-            by_hand[f"{line['loss']}-{line['estimator']}"].append(line["reward"][-1] / line["base"])
-    for values in by_hand.values():
-        assert f"**{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}**" in page and len(values) == 5
+    """Every command and table is what the script makes of them; and a cell by hand."""
+    kept = experiments.read_kept()
+    assert measure.page_with_tables(PAGE, kept) == PAGE
+    lines = [kept[f"addition-grpo-elbo-seed={seed}"] for seed in range(5)]
+    times = [line["reward"][1200 // 40 - 1] / line["base"] for line in lines]
+    cell = f"{statistics.mean(times):.2f} ± {statistics.stdev(times):.2f}"
+    assert f"| GRPO, estimated ratio | {cell} |" in PAGE
 
-def test_who_has_the_weight_of_a_first_step_as_readme_says():
-    readme = (HERE.parents[1] / "README.md").read_text()
-    found = {loss: [f"{100 * statistics.median(v):.0f} %" for v in s.values()] for loss, s in measure.shares().items()}
-    bad, heaviest = found["grpo"]
-    assert f"bad answers have {bad}, a single one of 256 has {heaviest}" in readme
-    assert f"(StableDRL: {found['stabledrl'][0][:-2]} and {found['stabledrl'][1]}; medians of 50 batches)" in readme
+def test_kept_lines_are_those_of_the_experiments():
+    """None is missing, none is foreign, and each is as long as an experiment needs it."""
+    runs = experiments.runs_of(EXPERIMENTS.values())
+    kept = experiments.read_kept()
+    assert kept.keys() == runs.keys()
+    for name, config in runs.items():
+        assert experiments.is_whole(kept[name], config)
 
-def test_kept_lines_are_those_of_the_grids():
-    """No line that no grid asks for, none twice, and every line that is not marked as failed is whole."""
-    seen = set()
-    for grid in measure.GRIDS:
-        names = [measure.S.run_name(config) for config in measure.configs_of(grid)]
-        lines = measure.kept(grid)
-        assert list(lines) == [name for name in names if name in lines] and not seen & lines.keys()
-        seen |= lines.keys()
-        for line in lines.values():
-            assert line["failed"] or len(line["reward"]) == line["updates"] / 40
+def test_commands_of_the_page_make_the_runs_of_their_experiments():
+    for name, experiment in EXPERIMENTS.items():
+        command = experiment.command(name)
+        if "stabledrl.py" in command:
+            configs, _, _ = S.parse(command.split()[2:])
+            made = {S.run_name(config): config for config in configs}
+            assert made == experiments.runs_of([experiment])
 
-# Benchmarks, not in the default run: pytest -m bench -s ------------------------------------------------------------------
+def test_links_and_figures_of_the_page_exist():
+    for target in re.findall(r"\]\(#([^)]*)\)", PAGE):
+        assert f'<a id="{target}"></a>' in PAGE
+    for target in re.findall(r"\]\((\.\./[^)]*)\)", PAGE):
+        assert (HERE / target).exists()
 
-def batch(N, P, L):
-    """Random prompts (N,P) and completions (N,L) of addition's alphabet."""
-    tokens = torch.randint(13, (N, P + L), generator=torch.Generator().manual_seed(1))
-    return tokens[:, :P], tokens[:, P:]
+def test_tails_fit_together():
+    """655,360 log-ratios are in the histogram; their spread is the pooled σ, and σ² is the mean of
+    the variances of good and of bad answers."""
+    tails = noise.read("tails")
+    counts = torch.tensor(list(tails["histogram"].values()))  # (2, 81)
+    x = torch.arange(-20, 20.5, 0.5)
+    assert counts.sum() == 5 * 64 * 2048
+    pooled = statistics.mean(numbers["sigma"] ** 2 for numbers in tails["seeds"])
+    assert (counts * x**2).sum() / counts.sum() == pytest.approx(pooled, rel=0.02)
+    for numbers in tails["seeds"]:
+        good, share = numbers["good"], numbers["share_good"]
+        variance = share * good**2 + (1 - share) * numbers["bad"] ** 2
+        assert variance == pytest.approx(numbers["sigma"] ** 2, rel=0.01)
 
-def alternately(*functions, repeats=7):
-    """Run the functions in turn -> the median seconds of each. In turn, since the machine's speed varies with time."""
-    seconds = [[] for _ in functions]
-    for _ in range(repeats + 1):
-        for function, times in zip(functions, seconds):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times[1:]) for times in seconds]  # the first was for warming up
+def test_readme_says_who_has_the_weight_of_a_first_update():
+    readme = " ".join((HERE.parents[1] / "README.md").read_text().split())
+    percent = []
+    for shares in noise.read("shares").values():
+        for values in shares.values():
+            percent.append(f"{100 * statistics.median(values):.0f} %")
+    bad, heaviest, bad_stable, heaviest_stable = map(re.escape, percent)
+    assert re.search(
+        f"bad answers hold {bad} of GRPO's total[ a-z]*, and a single one of 256 answers holds "
+        f"{heaviest}. With StableDRL the shares are {bad_stable} and {heaviest_stable}", readme)
 
-@pytest.mark.bench
-@pytest.mark.parametrize("L", [16, 64])
-def test_bench_cached_generation_against_recomputation(L):
-    """P = 16, B = 4, 256 completions. The other way reads the whole sequence for every token; its time per token does
-    not depend on the token, and is measured on one of the L."""
-    model, (prompts, completions) = S.BlockDiffusionTransformer(14), batch(256, 16, L)
-    whole, may = torch.cat((prompts, completions), 1), S.block_causal_mask(16 + L, 4)
-    cached = lambda: S.generate(model, prompts, L, 4, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        fast, slow = alternately(cached, lambda: model(whole, torch.arange(16 + L), may))
-    print(f"\nL = {L:3}: {1e3 * fast:.0f} ms cached, {1e3 * slow * L:.0f} ms recomputed, ratio {slow * L / fast:.1f}")
+def test_your_own_loss_is_run_and_drawn_beside_the_kept_ones(tmp_path, monkeypatch, capsys):
+    """The page's example, with runs that are made up: reward 3 times the base everywhere."""
+    asked = []
+    def make_lines(configs, out):
+        asked.extend(configs)
+        line = {"failed": False, "base": 0.2} | dict.fromkeys(experiments.COLUMNS, [0.6] * 15)
+        return {S.run_name(config): line for config in configs}
+    (tmp_path / "mine.py").write_text(re.search("```python\n(.*?)```", PAGE, re.DOTALL)[1])
+    monkeypatch.setattr(measure, "make_lines", make_lines)
+    monkeypatch.setattr(EXPERIMENTS["tunnel"], "rows", EXPERIMENTS["tunnel"].rows)
+    measure.main(["--loss", str(tmp_path / "mine.py"), "--out", str(tmp_path)])
+    assert len(asked) == 18 and {config.loss for config in asked} == {"mine"}
+    printed = capsys.readouterr().out
+    assert "| mine | 3.00 ± 0.00 |" in printed and "| wd1 | 2.05 ± 0.37 |" in printed
+    if importlib.util.find_spec("matplotlib"):
+        assert "<!-- mine -->" in (tmp_path / "tunnel.svg").read_text()
 
-@pytest.mark.bench
-def test_bench_one_staircase_pass_against_one_pass_per_block():
-    """P = 16, 16 blocks of B = 4, K = 2, 32 completions: likelihood and its gradient."""
-    (P, L, B, K, N), model = (16, 64, 4, 2, 32), S.BlockDiffusionTransformer(14)
-    prompts, completions = batch(N, P, L)
-    masks = S.sample_masks(N, K, L, B, torch.Generator().manual_seed(0))
-    def per_block():
-        parts = []
-        for k, start in itertools.product(range(K), range(P, P + L, B)):
-            block = slice(start - P, start - P + B)
-            noisy = torch.where(masks[:, k, block], model.mask_id, completions[:, block])
-            tokens = torch.cat((prompts, completions[:, : start - P], noisy), 1)
-            logits = model(tokens, torch.arange(start + B), S.block_causal_mask(start + B, B))[:, -B:]
-            log_p = logits.log_softmax(-1).gather(-1, completions[:, block, None])[..., 0]
-            hidden = masks[:, k, block]
-            parts.append((B / hidden.sum(-1, keepdim=True) * hidden * log_p).sum(-1))
-        return torch.stack(parts).sum(0) / K
-    one_pass = lambda: S.elbo(model, prompts, completions, masks, B)
-    assert torch.allclose(one_pass(), per_block(), atol=1e-3)
-    fast, slow = alternately(lambda: one_pass().sum().backward(), lambda: per_block().sum().backward())
-    print(f"\n16 blocks, K = 2: {1e3 * fast:.0f} ms in one pass, {1e3 * slow:.0f} ms block by block, {slow / fast:.1f}")
+def test_the_numbers_of_larger_models_are_those_of_their_logs():
+    """Page and README against h100.jsonl: first and last reward, and means over the seeds."""
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    cells = {}
+    for line in map(json.loads, (HERE / "h100.jsonl").read_text().splitlines()):
+        pair = line["reward"][0], line["reward"][-1]
+        assert f"{pair[0]:.2f} → {pair[1]:.2f}" in page
+        cells.setdefault((line["d_model"], line["loss"], line["estimator"]), []).append(pair)
+    readme = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
+    for pairs in cells.values():
+        first, last = map(statistics.mean, zip(*pairs))
+        assert f"{first:.2f} → {last:.2f}" in readme
