@@ -25,7 +25,6 @@ import sys
 import types
 from collections import Counter
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -1153,41 +1152,6 @@ def test_a_config_built_in_python_is_complete_and_canonical():
         S.run_name(S.Config(loss="grpo", clip_eps=0.2))
         == "addition-grpo-elbo-seed=0"
     )
-
-# README -------------------------------------------------------------------------------------------
-
-def test_readme_code_runs(tmp_path, monkeypatch):
-    """Every python block, in a fresh namespace, after a run of the name that one of them reads."""
-    monkeypatch.chdir(tmp_path)
-    config = S.Config(updates=2, log_every=2, prompts=2)
-    S.train(config, S.new_model(config), Path("runs/addition-stabledrl-elbo-seed=0"))
-    for code in re.findall(r"```python\n(.*?)```", README, re.S):
-        with mock.patch.dict(S.LOSSES), mock.patch.dict(S.ESTIMATORS):
-            exec(compile(code, "README.md", "exec"), {})
-
-def test_readme_commands_are_accepted_and_every_flag_exists():
-    flags = re.findall(r"^\| `(--[^`]*)`", README, re.M)
-    flags += re.findall(r"python stabledrl.py (--[^`\n#]*)", README)
-    assert len(flags) > 5 and all(S.parse(line.split())[0] for line in flags)
-    known = {field.name for field in dataclasses.fields(S.Config)} | {
-        "out",
-        "resume",
-        "help",
-        "page",
-    }
-    assert (
-        set(re.findall(r"(?<![\w-])--([a-z][a-z_0-9-]*)", README + SOURCE))
-        <= known
-    )
-
-def test_readme_quotes_the_two_lines_of_stabledrl():
-    """Up to the comment, and up to `if normalise` of the second."""
-    source = [line.strip() for line in SOURCE.splitlines()]
-    quoted = re.findall(r"^(?:clipped|weights) = .*", README, re.M)
-    for line in quoted:
-        code = line.split("#")[0].strip()
-        assert any(found.startswith(code) for found in source)
-    assert len(quoted) == 2
 
 # A learning run, not in the default run -----------------------------------------------------------
 

@@ -185,6 +185,7 @@ def saved(thing):
     torch.save(thing, file)
     return file.getvalue()
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_damaged_file_is_refused_before_any_work_and_runs_no_code(
     tmp_path, monkeypatch, capsys
 ):
@@ -501,9 +502,45 @@ def test_importing_does_nothing_visible():
     process = start("", program=("-c", QUIET))
     assert process.communicate() == ("", "") and process.returncode == 0
 
-# README: carry it to a model of your own ----------------------------------------------------------
+# README -------------------------------------------------------------------------------------------
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    """Every python block, in a fresh namespace, after a run of the name that one of them reads."""
+    monkeypatch.chdir(tmp_path)
+    config = S.Config(updates=2, log_every=2, prompts=2)
+    S.train(config, S.new_model(config), Path("runs/addition-stabledrl-elbo-seed=0"))
+    for code in re.findall(r"```python\n(.*?)```", README, re.S):
+        with mock.patch.dict(S.LOSSES), mock.patch.dict(S.ESTIMATORS):
+            exec(compile(code, "README.md", "exec"), {})
+
+def test_readme_commands_are_accepted_and_every_flag_exists():
+    flags = re.findall(r"^\| `(--[^`]*)`", README, re.M)
+    flags += re.findall(r"python stabledrl.py (--[^`\n#]*)", README)
+    assert len(flags) > 5 and all(S.parse(line.split())[0] for line in flags)
+    known = {field.name for field in dataclasses.fields(S.Config)} | {
+        "out",
+        "resume",
+        "help",
+        "page",
+    }
+    assert (
+        set(re.findall(r"(?<![\w-])--([a-z][a-z_0-9-]*)", README + SOURCE))
+        <= known
+    )
+
+def test_readme_quotes_the_two_lines_of_stabledrl():
+    """Up to the comment, and up to `if normalise` of the second."""
+    source = [line.strip() for line in SOURCE.splitlines()]
+    quoted = re.findall(r"^(?:clipped|weights) = .*", README, re.M)
+    for line in quoted:
+        code = line.split("#")[0].strip()
+        assert any(found.startswith(code) for found in source)
+    assert len(quoted) == 2
+
+# README: carry it to a model of your own ----------------------------------------------------------
+
 (CARRY,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "whole_groups" in code]
 
 class OtherModel(torch.nn.Module):
