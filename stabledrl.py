@@ -690,7 +690,7 @@ class Config:
     updates        how many updates a run has when it ends
     device         cpu, cuda or mps
 
-    KeyError for a task or loss that does not exist, AssertionError for numbers that cannot be.
+    Several values of a flag mean a run for each of their combinations.
     """
     task: str = "addition"
     seed: int = 0
@@ -716,6 +716,8 @@ class Config:
     device: str = "cpu"
 
     def __post_init__(self):
+        """KeyError for a task or loss that does not exist, AssertionError for numbers that cannot
+        be."""
         if self.block_size is None:
             self.block_size = TASKS[self.task].block_size
         if self.clip_eps is None:
