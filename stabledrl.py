@@ -919,6 +919,8 @@ def restore(config, folder, model, optimizer):
     """Set both to the run's checkpoint, if there is one -> the rows of its log so far."""
     path = folder / "checkpoint.pt"
     rows = load(path, model=model, optimizer=optimizer) if path.exists() else []
+    made = len(rows) * config.log_every
+    assert made <= config.updates, f"--updates {config.updates}: {folder} has {made} already"
     write_log(config, folder, rows)
     return rows
 
@@ -933,17 +935,17 @@ def check(config, out, resume):
     masks = MASKS[config.masks](G, config.copies, task.completion_len, B, generator)
     log_prob = ESTIMATORS[config.estimator](model, masks=masks, **batch)
     loss = LOSSES[config.loss][0](log_prob - log_prob.detach(), rewards, config.clip_eps, G)
-    assert loss.shape == () and loss.isfinite(), (
-        f"loss {loss.tolist()} is no finite number, from estimates {log_prob.tolist()}")
+    assert loss.shape == () and loss.isfinite() and loss.requires_grad, (
+        f"loss {loss.tolist()} is no finite number with a gradient, from {log_prob.tolist()}")
 
     folder = Path(out, run_name(config))
     assert resume or not folder.exists(), f"{folder} exists: --resume it, or choose another --out"
     Path(out).mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.Adam(model.parameters())
+    assert os.access(out, os.W_OK), f"--out {out} cannot be written"
     if base_path(config, out).exists():
         load(base_path(config, out), model=model)
-    if (folder / "checkpoint.pt").exists():
-        load(folder / "checkpoint.pt", model=model, optimizer=optimizer)
+    if folder.exists():
+        restore(config, folder, model, torch.optim.Adam(model.parameters()))
 
 def refuse(message):
     """End with one line and status 2: bad input, and no work was done."""
@@ -974,9 +976,12 @@ def parse(argv):
     return list({run_name(config): config for config in configs}.values()), out, resume
 
 def report(line):
-    """Print. A closed pipe or a full disk behind stdout costs the line, not the run."""
+    """Print. A closed pipe or a full disk behind stdout costs the line, not the run; a console that
+    lacks a letter gets it as a number."""
     try:
-        print(line, flush=True)
+        print(f"{line}\n", end="", flush=True)
+    except UnicodeError:
+        print(ascii(line))
     except OSError:
         sys.stdout = open(os.devnull, "w")
 
@@ -987,11 +992,13 @@ def make_base(out, config):
         save(path, model=pretrain(config))
 
 def make_run(out, config):
-    """Train one run from its base policy -> the rows of its log."""
-    base_model = new_model(config)
-    load(base_path(config, out), model=base_model)
-    _, rows = train(config, base_model, Path(out, run_name(config)))
-    return rows
+    """Train one run from its base policy -> the rows of its log; None if there is no base policy,
+    which `make_base` has then said."""
+    path, base_model = base_path(config, out), new_model(config)
+    if path.exists():
+        load(path, model=base_model)
+        _, rows = train(config, base_model, Path(out, run_name(config)))
+        return rows
 
 def attempt(work, out, config):
     """What work(out, config) returns. If an error ends it, that is said -> None: the other runs go
@@ -1028,13 +1035,14 @@ def launch(work, configs, out, jobs):
 def plot(logs, out):
     """Draw logs (name -> rows) into plot.svg: a panel per column, a line per run."""
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3), layout="constrained")
-    for axis, column in zip(axes, PANELS):
+    figure, axes = plt.subplots(
+        1, len(PANELS), figsize=(9, 3), layout="constrained", squeeze=False)
+    for axis, column in zip(axes[0], PANELS):
         for name, rows in logs.items():
             label = name.replace("-", ", ").replace("=", " ")
-            axis.plot([row["update"] for row in rows], [row[column] for row in rows], label=label)
+            axis.plot([row["update"] for row in rows], [row.get(column) for row in rows], label=label)
         axis.set(title=column, xlabel="update", yscale="symlog")  # linear below 2: 0 is drawn
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center")
     figure.savefig(Path(out, "plot.svg"))
 
 def main(argv=None):
@@ -1056,13 +1064,15 @@ def main(argv=None):
         plot(logs, out)
     except ImportError:
         report("no figure: pip install matplotlib, and repeat the command with --resume")
+    except OSError as error:
+        report(f"no figure: {error}")
     if len(logs) < len(configs):
         sys.exit(1)
 
 if __name__ == "__main__":
     try:
         main()
-    except BrokenExecutor as error:
-        sys.exit(f"stabledrl.py: {error}")
+    except BrokenExecutor as error:  # somebody, or the system out of memory, has killed a worker
+        sys.exit(f"stabledrl.py: {error} The same command with --resume goes on.")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command with --resume goes on from the last lines")

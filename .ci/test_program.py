@@ -88,7 +88,7 @@ def test_two_runs_killed_at_any_moment_end_as_if_they_had_not_been(kills, tmp_pa
 RESUME = "interrupted: the same command with --resume goes on from the last lines"
 BROKEN = (
     "stabledrl.py: A process in the process pool was terminated abruptly while the future was "
-    "running or pending."
+    "running or pending. The same command with --resume goes on."
 )
 
 @pytest.mark.parametrize(
@@ -282,9 +282,12 @@ def per_token(model, prompts, completions, block_size, masks, steps):
 def hide_nothing(num_seqs, copies, completion_len, block_size, generator):
     return torch.zeros(num_seqs, copies, completion_len, dtype=torch.bool)
 
+def no_gradient(log_ratio, advantages, clip_eps, group_size):
+    return log_ratio.detach().mean()
+
 OWN = {
     "loss": ((no_scalar, 1.0), "is no finite number"),
-    "masks": (hide_nothing, "is no finite number, from estimates [nan"),
+    "masks": (hide_nothing, "is no finite number with a gradient, from [nan"),
     "estimator": (per_token, "shape must be (N,) = (32,), not [8, 4]"),
 }
 
@@ -297,6 +300,24 @@ def test_what_you_register_is_tried_before_any_work(
     assert says in refused(
         f"--mu 2 --{flag} mine --out {tmp_path}", capsys, monkeypatch
     )
+
+def test_a_loss_without_a_gradient_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(S.LOSSES, "mine", (no_gradient, 1.0))
+    says = refused(f"--loss mine --out {tmp_path}", capsys, monkeypatch)
+    assert "no finite number with a gradient" in says
+
+def test_a_run_does_not_go_back_to_fewer_updates(tmp_path, monkeypatch, capsys):
+    """Its log would say so above rows that say otherwise."""
+    S.main(f"{FLAGS} --updates 12 --out {tmp_path}".split())
+    says = refused(f"{FLAGS} --updates 6 --resume --out {tmp_path}", capsys, monkeypatch)
+    assert "--updates 6: " in says and says.endswith(" has 12 already\n")
+
+def test_a_console_that_lacks_a_letter_gets_it_as_a_number(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    S.report("somebody's ρ̂")
+    stream.flush()
+    assert b"somebody's \\u03c1\\u0302" in stream.buffer.getvalue()
 
 def test_a_finished_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
     train(tmp_path / "addition-grpo-elbo-seed=0")
@@ -366,7 +387,7 @@ def test_the_figure_has_a_panel_for_each_column_and_a_line_for_each_run(
         mock.MagicMock(),
         [mock.MagicMock() for _ in S.PANELS],
     )
-    pyplot.subplots.return_value = figure, axes
+    pyplot.subplots.return_value = figure, [axes]
     monkeypatch.setitem(sys.modules, "matplotlib", mock.MagicMock(pyplot=pyplot))
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
     S.main(f"{FLAGS} --updates 12 --loss grpo stabledrl --out {tmp_path}".split())
@@ -417,10 +438,8 @@ def test_a_base_that_cannot_be_made_fails_its_runs_and_no_others(
     with pytest.raises(SystemExit) as stop:
         S.main(f"{FLAGS} --updates 6 --base_accuracy 0 1 --out {tmp_path}".split())
     out = capsys.readouterr().out
-    assert (
-        stop.value.code == 1
-        and out.count("FAILED: --base_accuracy 1.0 is not reached") == 1
-    )
+    assert stop.value.code == 1 and out.count("FAILED") == 1
+    assert "FAILED: --base_accuracy 1.0 is not reached in 2,000 updates" in out
     assert len(list(tmp_path.glob("*/checkpoint.pt"))) == 1
 
 NOTED = """
