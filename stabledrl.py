@@ -1,16 +1,18 @@
-"""StableDRL in one file: reinforcement learning for diffusion language models. It learns where
-GRPO collapses.
+"""StableDRL in one file: reinforcement learning for diffusion language models, in a way
+that does not collapse where GRPO does.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
-2603.06743. The paper reasons about noise in estimates of the likelihood. The toy tasks here are so
-small that the exact likelihood can be computed. So the noise can be measured, and switched off.
+2603.06743. The paper reasons about noise in estimates of the likelihood. The toy tasks here have
+blocks so short that the exact likelihood can be computed. So the noise can be measured, and
+switched off.
 
 What a diffusion language model is. A GPT predicts the next token from those before it. A diffusion
 language model predicts *hidden* tokens from visible ones: it learns to fill in blanks. It writes by
 starting from blanks and filling them in, one by one, in random order. A *block*-diffusion model
 writes block after block, left to right, and only within a block of B tokens is the order free. With
 B = 1 nothing is free, and the model factorises like a GPT. With B = L, the length of the answer,
-the whole answer is one block. In between, B must divide the lengths of prompt and answer.
+the whole answer is one block. B must always divide both the length of the prompt and
+that of the answer.
 
 How rewards train it. The model, seen as a writer of answers, is a *policy* π_θ with weights θ. It
 answers each prompt G times; these G *completions* are a *group*. A judge gives each a reward. Its
@@ -19,29 +21,31 @@ makes the better ones likelier. It raises the expected reward as long as π_θ i
 wrote the completions, called "old". After one step π_θ is another policy. To use the completions
 for several steps, PPO and GRPO weigh them by the *importance ratio* ρ = π_θ/π_old. (A GPT has a
 ratio per token, this model one per completion.) The reason is importance sampling: E_old[ρ·f] =
-E_θ[f] for any f, so weighted samples of the old policy average like samples of the new one. At the
-first step θ is θ_old, and every ρ is 1.
+E_θ[f] for any f, so weighted samples of the old policy average like samples of the new one. With
+f = A·∇log π_θ this is the gradient above. At the first step θ is θ_old, and every ρ is 1.
 
 Why GRPO breaks on such a model:
   1. The order within a block is random, so the probability of a block is a mean over B! orders.
-     Even the best exact method needs 2^B − 1 copies of the text (§5), and a real model has B = 32.
+     Even the exact method of §5 needs 2^B − 1 copies of the text, and a real model has B = 32.
      So instead of log π one computes a random *estimate* L̂ (§3), and instead of ρ the estimate
      ρ̂ = exp(L̂_θ − L̂_old). Both L̂ draw random numbers of their own.
   2. exp magnifies the noise. A completion whose ρ is 1 may get a ρ̂ of 10,000 (§5).
-  3. GRPO clips ρ̂ to [1−ε, 1+ε], but only where that lowers its objective (§6). With ρ̂ = 10,000 a
-     good completion (A > 0) gets weight 0, and a bad one (A < 0) gets weight 10,000. So almost all
-     of an update goes into making a few bad completions less likely, those with the most noise.
+  3. GRPO clips ρ̂ to [1−ε, 1+ε], but only where that lowers its objective, min(ρ̂·A, clip(ρ̂)·A)
+     (§6). With ρ̂ = 10,000 a good completion (A > 0) gets weight 0, and a bad one (A < 0) gets
+     weight 10,000. So almost all of an update goes into making a few bad completions less likely,
+     those with the most noise.
   4. Updates that only push completions down destroy a policy. A probability can rise to 1 and no
-     further, while its logarithm can fall for ever; and all completions share θ. (The results page
-     shows that this happens without any ratio, too.)
+     further, while its logarithm can fall for ever. So pushing down never gets weaker. And all
+     completions share θ, so each push moves the good ones, too. (The results page in
+     .github/results shows that this happens without any ratio.)
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum, so that they are shares of 1.
 
 Two things that you will not find in the paper follow from this file's measurements. The noise can
 be removed: where both estimates use the same masks, or follow the order in which the completion was
 written, the ratio has little noise or none, and GRPO works (§5). And where each batch is used for
-only two updates, leaving the ratio out does better than StableDRL on the noisy estimate, and almost
-as well as GRPO with an accurate ratio.
+only two updates, leaving the ratio out does better than StableDRL with the paper's ε on the noisy
+estimate, and comes close to GRPO with an accurate ratio.
 
 Where to look: §6 is the paper; `train` in §8 is the loop, in four numbered steps.
   §1 Transformer                 §4 Rollout                §7 Diagnostics
@@ -176,9 +180,9 @@ class BlockDiffusionTransformer(nn.Module):
 # answer. To score block b the model must read two things: the clean tokens before b (nothing
 # hidden), and a noisy copy of b. The *staircase* does that for all blocks at once, since the
 # completion is laid out once clean and K times noisy, each time with other tokens hidden. The clean
-# part serves as the text before each block. The noisy copies ask the questions. A noisy token may
-# look at its own noisy block, and at clean blocks *strictly before* its own. With >= in place of
-# that one > it would see its own answer, and the model would learn to copy.
+# part serves as the text before each block. Predictions are read at the noisy copies. A noisy token
+# may look at its own noisy block, and at clean blocks *strictly before* its own. With >= in place
+# of that one > it would see its own answer, and the model would learn to copy.
 #
 # Blocks are counted from the first token of the prompt. So the prompt must end where a block ends:
 # otherwise one block would hold its last tokens and the first ones of the completion, and training
@@ -264,8 +268,8 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 #      second alone.) Times B, and summed over blocks, this is
 #   ELBO(y) = E_masks[ Σ_blocks B/m · Σ_{i hidden} log p_θ(y_i | noisy block, clean text before) ]
 # This *evidence lower bound* is at most log π_θ(y). L̂ is the mean of the bracket over K random
-# masks, and `elbo` computes it. (BD3-LM
-# hides each token with a random probability t and divides by t. Its mean over t is this ELBO.)
+# masks, and `elbo` computes it. (BD3-LM hides each token with a probability t, uniform on (0, 1),
+# and divides by t. Its mean is this ELBO.)
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool, True = hidden: in each block m ~ U{1..B} random places, on the generator's
@@ -296,7 +300,7 @@ def token_log_probs(model, prompts, completions, masks, block_size):
     prompts (M,P), completions (N,L), masks (N,K,L) bool -> (N,K,L). Where y_i is visible the value
     means nothing: callers must leave it out. Each prompt stands for N/M completions in a row. It is
     read once, under the first P rows of `staircase_mask`, into a cache. Then one pass under the
-    other rows reads [completion | K noisy copies]. Its cost grows with (K·L)²."""
+    other rows reads [completion | K noisy copies]. Its cost grows with ((K+1)·L)²."""
     (N, K, L), P = masks.shape, prompts.shape[1]
     mask = staircase_mask(P, L, block_size, K, prompts.device)  # (S, S), S = P + L + K·L
     positions = staircase_positions(P, L, K, prompts.device)  # (S,)
@@ -338,7 +342,7 @@ def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
 # the likeliest token at each place: this is `accuracy` in the log.
 #   What is read at each step, for B = 2: right of the bar. Left of it: cached. _ is [MASK].
 #     |12+34=      12+34=|__   12+34=|4_   12+34=|46      12+34=46|__   12+34=46|_.
-# The fourth read only puts the finished block into the cache.
+# The first and the fourth read only fill the cache.
 
 @torch.no_grad()
 def generate(model, prompts, completion_len, block_size, temperature=1.0, order="random",
@@ -395,7 +399,8 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 #      0   if only the certain one is (m = 1: one time in four),
 #     −9.2 if only the unlikely one is (m = 1: one time in four).
 # That is right on average. But L̂_θ and L̂_old draw masks of their own, and may differ by 9.2
-# though θ = θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1. (A coupled pair of §3 always gives −4.6.)
+# though θ = θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1. (The gradient of *this* block is then nearly
+# 0, but the weight falls on the whole completion. A coupled pair of §3 always gives −4.6.)
 #
 # What does exp make of it? Let η be the noise of the difference L̂_θ − L̂_old: log ρ̂ = log ρ + η,
 # so ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation σ, then E[e^η] = e^(σ²/2): at σ =
@@ -407,26 +412,27 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # median 1.2. The noisiest 5 % of them are above 4, and carry 40 % of the variance. As a result, the
 # largest of 256 ratios is typically 7,000 to 19,000, depending on the base. With normal noise of
 # the same σ it would be 200 to 400. And *bad answers are the noisy ones*: σ is 2.2 nats over the
-# bad answers, and 0.9 over the good ones. An improbable token moves the estimate most, as in the
-# example. So the noise meets just the case in which GRPO has no bound (§6).
+# bad answers, and 0.9 over the good ones. A wrong answer has tokens that the model found
+# improbable, and an improbable token moves the estimate most, as in the example. So the noise meets
+# just the case in which GRPO has no bound.
 #
 # What lowers it? K independent copies lower σ as 1/√K. Coupled masks lower it more while B is
 # small. σ grows with the number of tokens and with B. The other error of L̂, the *bias* log π −
 # ELBO, hardly moves in a few updates, and so cancels in the ratio.
 #
-# Why not simply share the masks? If L̂_θ uses the masks of L̂_old again (--shared_masks), η nearly
-# cancels, and nothing in the algorithm forbids it. The paper draws anew. Sharing has a price: all
-# μ updates of a batch see the same K masks, so their gradients average over fewer masks, and each
-# gradient is as noisy as before. And it cannot always be done: an old likelihood that another
-# program computed, such as an inference engine, comes without its masks.
+# Why not simply share the masks? If L̂_θ uses the masks of L̂_old again (--shared_masks), the two
+# errors nearly cancel, and nothing in the algorithm forbids it. The paper draws anew. Sharing has a
+# price: all μ updates of a batch see the same K masks, so their gradients average over fewer masks,
+# and each gradient is as noisy as before. And it cannot always be done: an old likelihood that
+# another program computed, such as an inference engine, comes without its masks.
 #
 # Is there a ratio without noise? The sampler draws a completion y *and* the order o in which to
 # write it. The probability of the pair is a product over the steps: p(token | what was visible
 # then), times the probability of o, which does not depend on θ. `trajectory` computes that product
 # with a noisy copy per step: B of them, not 2^B − 1. Nothing is drawn, so its ratio is exactly 1 at
-# θ = θ_old. This ratio is not ρ, but it is as good a weight: importance sampling works on pairs as
-# well, E_old[π_θ(y,o)/π_old(y,o)·f(y)] = E_θ[f(y)]. (Its mean over o, weighted by π_old(o|y), is
-# ρ.)
+# θ = θ_old. This ratio is not ρ, but an unbiased weight as well: importance sampling works on
+# pairs, too, E_old[π_θ(y,o)/π_old(y,o)·f(y)] = E_θ[f(y)]. (Its mean over o, weighted by π_old(o|y),
+# is ρ.)
 
 MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies are still affordable
 
@@ -482,7 +488,7 @@ def trajectory(model, prompts, completions, steps, block_size, masks=None):
     return log_p.take_along_dim(steps[:, None], dim=1).sum((-2, -1))  # a place at its own step
 
 # What --estimator means: name -> function(model, prompts, completions, block_size, masks, steps) ->
-# (N,). All six are passed by name; an estimator uses what it needs.
+# (N,). The last five are passed by name; an estimator uses what it needs.
 ESTIMATORS = {
     "elbo": elbo,
     "trajectory": trajectory,
@@ -509,7 +515,8 @@ ESTIMATORS = {
 #     in between    ρ̂              ρ̂                     ρ̂
 #     ρ̂ > 1+ε       0              ρ̂, HOWEVER LARGE      1+ε
 #     divisor       N              N                     Σ of the group's weights · number of groups
-# The open case has a reason: a bad completion that has become likelier must be pulled back hard.
+# The case HOWEVER LARGE, the *open case*, has a reason: a bad completion that has become likelier
+# must be pulled back hard.
 # That is right for an exact ratio, which stays near 1. For an estimate, ρ̂ = 1,000 mostly says that
 # the noise was 6.9 nats; and the noisy answers are the bad ones (§5).
 #
@@ -523,11 +530,12 @@ ESTIMATORS = {
 #     no ratio (no_ratio)        all weigh 1/G, as if the policy were still the one that sampled
 # What do bounded weights do? The negative gradient of a group is a weighted mean of its A_j·g_j, so
 # its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are. This bound protects whoever does
-# not clip the norm of the gradient. `train` does clip it, to 1 and with any loss. So here bounded
-# weights matter for the *direction*: one noisy completion cannot decide it. Beside seven
-# completions of ratio 1 it has at most (1+ε)/(1+ε+7) = 6/13 of the weight, and without line 1 it
-# may have all. (Line 1 has no lower bound for ε ≥ 1. Beside seven of very small ratios one
-# completion may still have most of the weight.)
+# not clip the norm of the gradient. `train` does clip it, to 1 and with any loss; it is larger than
+# 1 nearly always. So here bounded weights matter for the *direction*. Beside seven completions of
+# ratio 1, a noisy one has at most (1+ε)/(1+ε+7) = 6/13 of its group's weight, and without line 1 it
+# may have all. Line 2 keeps it out of the other groups. (Two limits. Of Σ w·|A| it may have more,
+# as |A| differs. And line 1 has no lower bound if ε ≥ 1: beside seven of very small ratios, one may
+# still have most of the weight.)
 #
 # What does StableDRL give up? It has no 0 in its column. In GRPO, once the updates of a batch have
 # moved a completion by more than ε in the intended direction (a good one up, a bad one down), its
@@ -545,7 +553,7 @@ ESTIMATORS = {
 def group_advantages(rewards, group_size):
     """Rewards (N,) -> (N,): (reward − mean of its group) / (standard deviation of its group). Equal
     rewards give exactly 0: such a group teaches nothing. With G = 8, and each answer right with
-    probability p, that is p^G + (1−p)^G of all groups: 17 % at p = 0.2, and 66 % at p = 0.05."""
+    probability p, the share of such groups is p^G + (1−p)^G: 17 % at p = 0.2, 66 % at p = 0.05."""
     check_batch(group_size, rewards)
     groups = rewards.view(-1, group_size)  # (M, G)
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
@@ -591,16 +599,16 @@ LOSSES = {
     "grpo": (grpo_loss, 0.2),
     "stabledrl": (stabledrl_loss, 5.0),
     "clip_only": (functools.partial(stabledrl_loss, normalise=False), 5.0),  # without line 2
-    "norm_only": (stabledrl_loss, 1e30),  # without line 1: no ρ̂ reaches this ε
+    "norm_only": (stabledrl_loss, 1e30),  # without line 1: hardly any ρ̂ reaches this ε
     "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
 }
 
 # ==== §7  Diagnostics =============================================================================
 # What should one watch before the reward falls? The best sign is `spread`, the standard deviation
 # of log ρ̂ at the first update of a batch. Every true ratio is 1 at that point, so whatever it
-# shows is noise. A model of any size can log it. It foresees *whether* GRPO collapses, not when.
-# The second sign is the norm of the gradient before it is clipped. Two more numbers, `noise_std`
-# and `drift`, need exact likelihoods. So they are measured only for blocks of at most
+# shows is noise. A model of any size can log it. In our runs it told *whether* GRPO would collapse,
+# not when. The second sign is the norm of the gradient before it is clipped. Two more numbers,
+# `noise_std` and `drift`, need exact likelihoods. So they are measured only for blocks of at most
 # MAX_EXACT_BLOCK.
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
@@ -654,7 +662,7 @@ def check_finite(update, loss, grad_norm, log_ratio):
 
 
 # ==== §8  Training ================================================================================
-# The old and the new policy drift apart in one loop, `train`. A batch of completions is sampled,
+# One loop, `train`, does everything. A batch of completions is sampled,
 # scored by the policy as it is ("old"), and used for μ updates. At the first update θ is θ_old, and
 # every ρ is 1. Later it is not. With μ = 1 every ρ is 1 always: the *estimate* ρ̂ is then nothing
 # but noise, and the right thing is to leave it out (no_ratio).
@@ -680,7 +688,7 @@ class Config:
     masks          how masks are drawn, see section 3
     shared_masks   both estimates of a ratio use the same masks, see section 5
     copies         K, noisy copies behind one estimate
-    clip_eps       epsilon of the clip (default: the loss's own)
+    clip_eps       epsilon of the clip (default: the loss's own, which makes no_ratio and norm_only)
     lr             learning rate of RL
     prompts        prompts per batch of completions
     group_size     G, completions per prompt
@@ -716,8 +724,7 @@ class Config:
     device: str = "cpu"
 
     def __post_init__(self):
-        """KeyError for a task or loss that does not exist, AssertionError for numbers that cannot
-        be."""
+        """KeyError for a task or loss that does not exist, AssertionError for invalid numbers."""
         if self.block_size is None:
             self.block_size = TASKS[self.task].block_size
         if self.clip_eps is None:
@@ -908,8 +915,8 @@ def write_log(config, folder, rows):
     (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
 
 def write_row(config, folder, rows, row, model, optimizer):
-    """Append the row to rows; write the log, then a checkpoint. A run that is killed in between
-    makes the last line of its log again when it is resumed."""
+    """Append the row to rows; write the log, then a checkpoint. If a run is killed between the two,
+    the resumed run makes the last row again."""
     rows.append(row)
     write_log(config, folder, rows)
     save(folder / "checkpoint.pt", rows=rows, model=model, optimizer=optimizer)
@@ -1040,7 +1047,8 @@ def plot(logs, out):
     for axis, column in zip(axes[0], PANELS):
         for name, rows in logs.items():
             label = name.replace("-", ", ").replace("=", " ")
-            axis.plot([row["update"] for row in rows], [row.get(column) for row in rows], label=label)
+            updates, numbers = zip(*[(row["update"], row.get(column)) for row in rows])
+            axis.plot(updates, numbers, label=label)
         axis.set(title=column, xlabel="update", yscale="symlog")  # linear below 2: 0 is drawn
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center")
     figure.savefig(Path(out, "plot.svg"))

@@ -395,7 +395,7 @@ def test_the_figure_has_a_panel_for_each_column_and_a_line_for_each_run(
         for call, loss in zip(
             axis.plot.call_args_list, ("grpo", "stabledrl"), strict=True
         ):
-            assert call.args[0] == [6, 12] and f", {loss}, " in call.kwargs["label"]
+            assert call.args[0] == (6, 12) and f", {loss}, " in call.kwargs["label"]
         axis.set.assert_called_once_with(
             title=column, xlabel="update", yscale="symlog"
         )
@@ -580,7 +580,10 @@ def test_the_estimate_of_readme_is_unbiased_for_answers_of_any_length():
     model, tokens = OtherModel(), torch.tensor([[0, 1, 2, 3]] * 3)
     is_answer = torch.arange(4) >= torch.tensor([[3], [2], [1]])
     with torch.no_grad():
-        draws = [names["estimate"](model, tokens, is_answer, 4) for _ in range(4_000)]
+        draws = []
+        for _ in range(4_000):
+            hidden = names["hide"](is_answer)
+            draws.append(names["estimate"](model, tokens, is_answer, hidden, 4))
         draws = torch.stack(draws)
         for row, n in enumerate((1, 2, 3)):
             expected = 0.0
@@ -602,9 +605,10 @@ def test_the_training_step_of_readme_makes_rewarded_answers_likelier():
     rewards = torch.tensor([1.0, 0.0] * 4)
     before = model(tokens).log_softmax(-1)[:2, 2:]
     for _ in range(20):
+        masked = (*batch, names["hide"](batch[1]))
         with torch.no_grad():
-            old = names["estimate"](model, *batch, 4)
-        names["training_step"](model, optimizer, batch, old, rewards, 8, 4)
+            old = names["estimate"](model, *masked, 4)
+        names["training_step"](model, optimizer, masked, old, rewards, 8, 4)
     gain = model(tokens).log_softmax(-1)[:2, 2:] - before
     good = gain[0].gather(-1, tokens[0, 2:, None]).sum()
     bad = gain[1].gather(-1, tokens[1, 2:, None]).sum()
