@@ -66,7 +66,7 @@ def test_two_runs_killed_at_any_moment_end_as_if_they_had_not_been(kills, tmp_pa
     """Two policies in two processes, SIGKILL to their parent at a random moment: no child goes on
     behind its back. Then --resume, and the logs of runs that were not killed."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    updates = 120 * (kills + 1)
+    updates = 60 * (kills + 1)
     flags = f"{FLAGS} --updates {updates} --loss grpo stabledrl --resume"
     for i in range(kills):
         process = start(f"{flags} --out {killed}")
@@ -483,26 +483,17 @@ def test_runs_go_side_by_side_where_processes_can_be_forked(
         S.main(["--loss", "grpo", *flags.split()])
     assert found == [jobs] * 2 + [1] * 4  # bases, runs
 
-@pytest.mark.parametrize("stdout", ["closed pipe", "/dev/full"])
-def test_an_output_that_cannot_be_written_costs_its_lines_and_not_the_run(
-    stdout, tmp_path
-):
+def test_an_output_that_cannot_be_written_costs_its_lines_and_not_the_run(tmp_path):
     """As with `python stabledrl.py | head`: both runs, side by side, come to their end."""
-    if stdout == "closed pipe":
-        reader, writer = os.pipe()
-        os.close(reader)
-    else:
-        writer = os.open(stdout, os.O_WRONLY)
-    process = start(
-        f"{FLAGS} --updates 12 --loss grpo stabledrl --out {tmp_path}", stdout=writer
-    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = f"{FLAGS} --updates 12 --loss grpo stabledrl --out {tmp_path}"
+    process = start(flags, stdout=writer)
     os.close(writer)
     _, errors = process.communicate()
     assert process.returncode == 0 and "Traceback" not in errors
-    assert [len(log_lines(path.parent)) for path in tmp_path.glob("*/log.jsonl")] == [
-        3,
-        3,
-    ]
+    logs = [log_lines(path.parent) for path in tmp_path.glob("*/log.jsonl")]
+    assert [len(log) for log in logs] == [3, 3]
 
 QUIET = """
 import sys, toy_tasks
