@@ -202,7 +202,7 @@ def test_a_text_read_in_pieces_is_the_text_read_at_once():
 
 def test_a_width_that_cannot_be_cut_into_heads_is_refused():
     with pytest.raises(
-        AssertionError, match=r"d_model 30 is no multiple of 2\*4 heads"
+        AssertionError, match=r"d_model 30 is not a multiple of 2\*4 heads"
     ):
         S.BlockDiffusionTransformer(5, d_model=30)
 
@@ -770,7 +770,7 @@ def test_wrong_shapes_are_refused_in_one_sentence(name):
         with pytest.raises(AssertionError, match=r"shape must be \(N,\) = "):
             loss(torch.zeros(a), torch.zeros(b), eps, 2)
     with pytest.raises(
-        AssertionError, match="3 completions are no multiple of group_size 2"
+        AssertionError, match="3 completions are not a multiple of group_size 2"
     ):
         loss(torch.zeros(3), torch.zeros(3), eps, 2)
 

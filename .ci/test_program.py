@@ -249,7 +249,7 @@ BAD_INPUT = {
     "--estimator magic": "invalid choice",
     "--masks none": "invalid choice",
     "--block_size 3": "lengths (6, 4) must be multiples of block_size 3",
-    "--d_model 30": "d_model 30 is no multiple of 2*4 heads",
+    "--d_model 30": "d_model 30 is not a multiple of 2*4 heads",
     "--out /dev/null/x": "/dev/null/x",
     "--mu 3": "--log_every must be a multiple",
     "--updates 30": "--updates must be a multiple",
@@ -286,8 +286,8 @@ def no_gradient(log_ratio, advantages, clip_eps, group_size):
     return log_ratio.detach().mean()
 
 OWN = {
-    "loss": ((no_scalar, 1.0), "is no finite number"),
-    "masks": (hide_nothing, "is no finite number with a gradient, from [nan"),
+    "loss": ((no_scalar, 1.0), "is not a finite number"),
+    "masks": (hide_nothing, "is not a finite number with a gradient, from [nan"),
     "estimator": (per_token, "shape must be (N,) = (32,), not [8, 4]"),
 }
 

@@ -45,6 +45,27 @@ def wd1(log_ratio, advantages, clip_eps, group_size):
     weights = (-groups).softmax(-1) - groups.softmax(-1)
     return (weights.flatten() * log_ratio).view(-1, group_size).sum(-1).mean()
 
+def sapo(log_ratio, advantages, clip_eps, group_size):
+    """SAPO (arXiv 2511.20347), per answer: a soft gate in place of the clip. The weight of A·g is
+    4·s·(1−s)·ρ̂ with s = sigmoid(τ(ρ̂ − 1)): 1 at ρ̂ = 1, and 0 at both ends."""
+    tau = torch.where(advantages > 0, 1.0, 1.05)
+    gate = 4 / tau * (tau * (S.safe_exp(log_ratio) - 1)).sigmoid()
+    return -(gate * advantages).mean()
+
+def vespo(log_ratio, advantages, clip_eps, group_size):
+    """VESPO (arXiv 2602.10693): the weight of A·g is ρ̂^k·e^(λ(1−ρ̂)), constant to autograd."""
+    log_weight = log_ratio.detach().clamp(math.log(1e-8), 20)
+    power = torch.where(advantages >= 0, 2, 3)
+    decay = torch.where(advantages >= 0, 3, 2)
+    weights = (power * log_weight + decay * (1 - log_weight.exp())).exp()
+    return -(weights * advantages * log_ratio).mean()
+
+def masked(log_ratio, advantages, clip_eps, group_size):
+    """Masked importance sampling: the weight of A·g is ρ̂ between 1/(1+ε) and 1+ε, and 0 outside."""
+    inside = log_ratio.detach().abs() <= math.log(1 + clip_eps)
+    weights = torch.where(inside, S.safe_exp(log_ratio.detach()), 0)
+    return -(weights * advantages * log_ratio).mean()
+
 def spiked(loss):
     """The paper's stress test: a twentieth of the ratios, chosen at random, times 1e5."""
     def with_spikes(log_ratio, advantages, clip_eps, group_size):
@@ -65,7 +86,7 @@ def one_sided(sign, single):
 
 def mean_over_masked(model, prompts, completions, block_size, masks, steps=None):
     """Likelihood as in StableDRL's release, on all blocks: the mean of log p over the masked
-    tokens. It is no bound."""
+    tokens. It is not a bound."""
     log_p = S.token_log_probs(model, prompts, completions, masks, block_size)  # (N, K, L)
     return ((masks * log_p).sum(-1) / masks.sum(-1)).mean(-1)
 
@@ -80,6 +101,9 @@ def register():
     S.LOSSES["dual_clip"] = (dual_clip, 5.0)
     S.LOSSES["per_token"] = (per_token, 0.2)
     S.LOSSES["wd1"] = (wd1, 0.0)
+    S.LOSSES["sapo"] = (sapo, 0.0)
+    S.LOSSES["vespo"] = (vespo, 0.0)
+    S.LOSSES["masked"] = (masked, 5.0)
     S.LOSSES["one_bad"] = (one_sided(-1, single=True), 0.0)
     S.LOSSES["all_bad"] = (one_sided(-1, single=False), 0.0)
     S.LOSSES["one_good"] = (one_sided(1, single=True), 0.0)
@@ -103,11 +127,16 @@ OBJECTIVES = {
     "GRPO": "--loss grpo",
     "StableDRL, ε = 5": "--loss stabledrl",
     "StableDRL, ε = 1": "--loss stabledrl --clip_eps 1",
-    "CISPO": "--loss clip_only",
+    "CISPO, ε = 5": "--loss clip_only",
     "dual clip": "--loss dual_clip",
-    "per token (GSPO, ESPO)": "--loss per_token",
+    "ρ̂^(1/L) (GSPO, ESPO)": "--loss per_token",
     "no ratio (SPG)": "--loss no_ratio",
     "wd1": "--loss wd1",
+    "CISPO, ε = 1": "--loss clip_only --clip_eps 1",
+    "masked ratio": "--loss masked",
+    "SAPO": "--loss sapo",
+    "VESPO": "--loss vespo",
+    "good answers only": "--loss all_good",
 }
 NOISES = {  # ways to estimate the ratio, the least noise first; prices.json has the same names
     "exact": "--estimator exact",
@@ -133,6 +162,16 @@ PARTS = {
     "dual clip": "--loss dual_clip",
     "GRPO": "--loss grpo",
 }
+
+BEST = {  # at 2 nats and μ = 2, and StableDRL as in the paper
+    row: OBJECTIVES[row] for row in (
+        "StableDRL, ε = 5", "StableDRL, ε = 1", "no ratio (SPG)", "SAPO", "VESPO",
+        "good answers only")}
+RATES = ("1e-4", "3e-5", "1e-5")
+SMALL = "--d_model 128 --n_layer 4 --lr 3e-5"  # 0.8 M parameters
+SIZES = {f"0.1 M, {rate}": f"--lr {rate}" for rate in RATES}
+SIZES |= {f"3.2 M, {rate}": f"--d_model 256 --n_layer 4 --n_head 8 --lr {rate}" for rate in RATES}
+SIZES["25 M, 1e-5"] = "--d_model 512 --n_layer 8 --n_head 8 --base_lr 1e-4 --lr 1e-5"
 
 @dataclasses.dataclass
 class Experiment:
@@ -174,6 +213,9 @@ EXPERIMENTS = {
         f"sudoku, B = {B}": f"--block_size {B}" for B in (1, 2, 4)}, BOTH,
         f"--updates 600 {SUDOKU}"),
     "ratio": Experiment({f"`{flags}`": flags for flags in RATIOS}, BOTH),
+    "ratio_8": Experiment(
+        {f"`{flags}`": flags for flags in ("--shared_masks", "--estimator trajectory")}, BOTH,
+        "--updates 600 --mu 8"),
     "tunnel": Experiment(OBJECTIVES, NOISES),
     "tunnel_8": Experiment(OBJECTIVES, NOISES, "--updates 600 --mu 8"),
     "parts": Experiment(PARTS, TWO_AND_EIGHT, seeds=FIVE),
@@ -198,6 +240,17 @@ EXPERIMENTS = {
         "one good answer, pushed up": "--loss one_good",
         "all good answers, pushed up": "--loss all_good"},
         {"estimated likelihood": "--estimator elbo", "exact likelihood": "--estimator exact"}),
+    "sizes": Experiment(SIZES, POLICIES),
+    "blocks": Experiment(
+        {f"B = {B}": f"--block_size {B}" for B in (1, 2, 4, 8)},
+        BOTH | {"GRPO, trajectory": "--loss grpo --estimator trajectory"},
+        f"--updates 200 --task addition5 {SMALL}"),
+    "best_rates": Experiment(BEST, {rate: f"--lr {rate}" for rate in ("5e-5", "1e-4", "2e-4")}),
+    "best_long": Experiment(BEST, {
+        f"{n:,} updates": f"--updates {n}" for n in (600, 1200, 2400)}),
+    "best_low": Experiment(BEST, {"times the base": ""}, "--updates 600 --base_accuracy 0.1"),
+    "digits": Experiment(BEST | {"dual clip": "--loss dual_clip", "GRPO": "--loss grpo"},
+                         {"K = 1: 3.2 nats": ""}, f"--updates 400 --task addition3 {SMALL}"),
     "release": Experiment({"times the base": "--loss stabledrl --clip_eps 4"}, TWO_AND_EIGHT,
                           "--updates 600 --estimator mean_over_masked --copies 2 "
                           "--max_grad_norm 0.2"),
@@ -283,10 +336,14 @@ def make_line(out, config):
         line[column] = [short(row[column]) for row in rows if column in row]
     return line
 
-def make_lines(configs, out):
-    """Make runs, side by side where this is possible -> name -> kept line of each that ended."""
+def side_by_side(work, configs, out):
+    """What work(out, config) returns for each, after their bases are made. Side by side where this
+    is possible."""
     jobs = torch.get_num_threads() if sys.platform == "linux" else 1
     bases = {S.base_path(config, out): config for config in configs}.values()
     S.launch(S.make_base, bases, out, jobs)
-    lines = S.launch(make_line, configs, out, jobs)
-    return {line["run"]: line for line in lines if line}
+    return S.launch(work, configs, out, jobs)
+
+def make_lines(configs, out):
+    """Make runs -> name -> kept line of each that ended."""
+    return {line["run"]: line for line in side_by_side(make_line, configs, out) if line}

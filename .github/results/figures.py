@@ -1,6 +1,7 @@
 """The figures, from the kept lines. One method has one colour in all of them."""
 
 import itertools
+import json
 import statistics
 
 import matplotlib
@@ -10,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import noise
-from experiments import BOTH, EXPERIMENTS, NOISES, lines_of, times_base
+from experiments import BOTH, EXPERIMENTS, HERE, NOISES, POLICIES, lines_of, times_base
 
 COLOURS = {
     "GRPO": "tab:red",
@@ -20,16 +21,19 @@ COLOURS = {
     "StableDRL, ε = 5": "tab:blue",
     "StableDRL, estimated ratio": "tab:blue",
     "StableDRL, ε = 1": "tab:cyan",
-    "CISPO": "tab:purple",
     "dual clip": "tab:orange",
-    "per token (GSPO, ESPO)": "tab:green",
+    "ρ̂^(1/L) (GSPO, ESPO)": "tab:brown",
     "no ratio (SPG)": "black",
-    "wd1": "tab:pink",
+    "SAPO": "tab:pink",
+    "VESPO": "tab:purple",
+    "good answers only": "tab:green",
+    "GRPO, trajectory": "tab:red",
     "good answers": "goldenrod",
     "bad answers": "saddlebrown",
 }
 
-UPDATES = range(40, 601, 40)  # of the lines of a log
+STYLES = {"GRPO, exact ratio": "--", "GRPO, trajectory": "--"}  # else: a full line
+ONLY_IN_TABLE = ("CISPO, ε = 5", "CISPO, ε = 1", "masked ratio", "wd1")
 
 def panels(rows, columns, height, **options):
     """-> figure of 900 pixels' width, axes."""
@@ -50,11 +54,9 @@ def draw_main_job(kept, path):
     main = EXPERIMENTS["main"]
     for policy in main.rows:
         line, *_ = lines_of(kept, main, policy, "")
-        color = COLOURS[policy]
-        style = "--" if "exact" in policy else "-"
+        style = {"color": COLOURS[policy], "linestyle": STYLES.get(policy, "-")}
         for axis, column in zip(axes, ("reward", "ratio_max", "grad_norm")):
-            updates = range(40, 1201, 40)
-            axis.plot(updates, line[column], style, color=color, label=policy)
+            axis.plot(range(40, 1201, 40), line[column], label=policy, **style)
             axis.set_xlabel("update")
     draw_base(axes[0], line["base"])
     axes[0].set(title="reward", ylim=(0, None))
@@ -78,35 +80,81 @@ def draw_noise(kept, path):
     left.legend(loc="upper left", handlelength=1)
     place = 0
     for label, shares in zip(BOTH, noise.read("shares").values()):
-        percent = [100 * statistics.median(values) for values in shares.values()]
+        heights = [100 * statistics.median(values) for values in shares.values()]
         places = [place, place + 1.2]
-        bars = right.bar(places, percent, 0.4, color=COLOURS[label], label=label)
-        right.bar_label(bars, fmt="%.0f %%")
+        bars = right.bar(places, heights, 0.4, color=COLOURS[label], label=label)
+        right.bar_label(bars, [noise.percent(values) for values in shares.values()])
         place += 0.4
     right.set_xticks([0.2, 1.4], ["all bad answers", "heaviest answer of 256"])
     right.set(title="share of the weight of a first update", ylim=(0, 115), ylabel="%")
     right.legend()
     figure.savefig(path, metadata={"Date": None})
 
+def draw_learning(panels_of, path):
+    """Reward against updates: title of a panel -> label -> lines. A thin line for each seed, a thick
+    one for their mean. A run that has failed has the reward 0 from then on."""
+    figure, axes = panels(1, len(panels_of), 3.2, sharey=True)
+    for axis, (title, lines_by_label) in zip(axes, panels_of.items()):
+        length = max(len(line["reward"]) for lines in lines_by_label.values() for line in lines)
+        updates = np.arange(1, length + 1) * 40
+        for label, lines in lines_by_label.items():
+            style = {"color": COLOURS[label], "linestyle": STYLES.get(label, "-")}
+            rewards = np.zeros((len(lines), length))
+            for of_seed, line in zip(rewards, lines):
+                made = len(line["reward"])
+                of_seed[:made] = line["reward"]
+                of_seed[made:] = 0 if line["failed"] else np.nan
+                axis.plot(updates, of_seed, linewidth=0.5, **style)
+            axis.plot(updates, rewards.mean(0), linewidth=2, label=label, **style)
+        bases = [line["base"] for lines in lines_by_label.values() for line in lines]
+        draw_base(axis, statistics.mean(bases))
+        axis.set(title=title, xlabel="update", ylim=(0, None))
+    axes[0].set_ylabel("reward")
+    finish(figure, axes[0], path)
+
 def draw_blocks(kept, path):
-    """Reward against updates, a panel for each task and block size, a thin line for each seed."""
-    figure, axes = panels(2, 3, 4.8)
-    for name, row_of_axes in zip(("blocks_addition", "blocks_sudoku"), axes):
-        experiment = EXPERIMENTS[name]
-        for row, axis in zip(experiment.rows, row_of_axes):
-            for label in BOTH:
-                lines = lines_of(kept, experiment, row, label)
-                color = COLOURS[label]
-                rewards = np.zeros((len(lines), 15))  # 0 after a run has ended
-                for of_seed, line in zip(rewards, lines):
-                    of_seed[: len(line["reward"])] = line["reward"]
-                    axis.plot(UPDATES, of_seed, color=color, linewidth=0.5)
-                axis.plot(UPDATES, rewards.mean(0), color=color, linewidth=2, label=label)
-            draw_base(axis, statistics.mean(line["base"] for line in lines))
-            axis.set(title=row, xlabel="update", ylim=(0, None))
-        row_of_axes[0].set_ylabel("reward")
-    axes[0, 2].axis("off")
-    finish(figure, axes[0, 0], path)
+    blocks = EXPERIMENTS["blocks"]
+    draw_learning({
+        row: {column: lines_of(kept, blocks, row, column) for column in blocks.columns}
+        for row in blocks.rows}, path)
+
+def draw_sizes(kept, path):
+    """Each policy at its best rate of three, by the mean of its last rewards. 85 M parameters: the
+    kept logs, at the one rate that they have."""
+    sizes, panels_of = EXPERIMENTS["sizes"], {}
+    for policy in POLICIES:
+        for row in sizes.rows:
+            size, rate = row.split(", ")
+            lines = lines_of(kept, sizes, row, policy)
+            found = panels_of.setdefault(f"{size} parameters", {})
+            if last_reward(lines) > last_reward(found.get(policy, [])):
+                found[policy] = lines
+    panels_of["85 M parameters"] = larger = {}
+    for line in map(json.loads, (HERE / "h100.jsonl").read_text().splitlines()):
+        if line["d_model"] == 768:
+            ratio = "exact" if line["estimator"] == "exact" else "estimated"
+            loss = {"grpo": "GRPO", "stabledrl": "StableDRL"}[line["loss"]]
+            line |= {"failed": False, "base": np.nan}
+            larger[f"{loss}, {ratio} ratio"] = [line]
+    draw_learning(panels_of, path)
+
+def last_reward(lines):
+    return sum(line["reward"][-1] for line in lines) if lines else -1
+
+def draw_drift(kept, path):
+    """Noise while a policy drifts: of the base's answers, and of its own, a point each 40 updates."""
+    figure, axes = panels(1, 2, 3.4, sharey=True)
+    columns = {"base": "on answers of the base policy", "own": "on answers of its own"}
+    for axis, (column, title) in zip(axes, columns.items()):
+        for policy, seeds in noise.read("drift").items():
+            style = {"color": COLOURS[policy], "linestyle": STYLES.get(policy, "-")}
+            for log in seeds:
+                axis.plot(range(0, 40 * len(log[column]), 40), log[column], linewidth=0.5, **style)
+            means = [statistics.mean(of_seeds) for of_seeds in zip(*(log[column] for log in seeds if len(log[column]) == 11))]
+            axis.plot(range(0, 401, 40), means, linewidth=2, label=policy, **style)
+        axis.set(title=f"noise {title}", xlabel="update", ylim=(0, None))
+    axes[0].set_ylabel("nats")
+    finish(figure, axes[0], path)
 
 def draw_tunnel(kept, path):
     """Reward against noise, a line per objective."""
@@ -115,7 +163,8 @@ def draw_tunnel(kept, path):
     ticks = [f"{x:.1f}\n{name.replace(', ', chr(10))}" for name, x in x_of.items()]
     for axis, name in zip(axes, ("tunnel", "tunnel_8")):
         experiment = EXPERIMENTS[name]
-        for row, marker in zip(experiment.rows, itertools.cycle("osdPvXD^*")):
+        shown = [row for row in experiment.rows if row not in ONLY_IN_TABLE]
+        for row, marker in zip(shown, itertools.cycle("osdPvXD^*")):
             points = []
             for column, x in x_of.items():
                 times = [times_base(line) for line in lines_of(kept, experiment, row, column)]
@@ -156,4 +205,4 @@ def draw_prices(kept, path):
     figure.savefig(path, metadata={"Date": None})
 
 DRAW = {"plot": draw_main_job, "noise": draw_noise, "blocks": draw_blocks,
-        "tunnel": draw_tunnel, "prices": draw_prices}
+        "sizes": draw_sizes, "drift": draw_drift, "tunnel": draw_tunnel, "prices": draw_prices}

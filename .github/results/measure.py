@@ -146,6 +146,41 @@ def tails_table(kept):
         rows.append([label, *(f"{numbers[name]:{form}}" for numbers in seeds)])
     return table(["base policy of", *(f"seed {seed}" for seed in range(len(seeds)))], rows)
 
+def growth_table(kept):
+    """Noise of the base policies, and what a fit of log σ to log B and log L gives."""
+    points, (factor, by_B, by_L) = noise.growth(kept)
+    points["none: extrapolated"] = 32, 256, None
+    rows = []
+    for task, (B, L, sigma) in points.items():
+        fit = factor * B**by_B * L**by_L
+        rows.append([task, str(B), str(L), f"{sigma:.1f}" if sigma else "", f"{fit:.1f}"])
+    head = ["base policies of", "B", "L", "σ, nats", f"{factor:.2f} · B^{by_B:.2f} · L^{by_L:.2f}"]
+    return table(head, rows)
+
+def drift_table(kept):
+    """The first and the last noise of each run, mean over seeds."""
+    rows = []
+    for policy, seeds in noise.read("drift").items():
+        row = [policy, spread_of((log["drift"][-1] for log in seeds), ".1f")]
+        for column in ("base", "own", "good", "bad"):
+            ends = [(log[column][0], log[column][-1]) for log in seeds]
+            row.append(" → ".join(f"{statistics.mean(numbers):.1f}" for numbers in zip(*ends)))
+        rows.append(row)
+    return table(["", "drift at the end, nats", "noise on the base's answers", "on its own",
+                  "on its own good ones", "on its own bad ones"], rows)
+
+def diversity_table(kept):
+    head, rows, found = [""], [], noise.read("diversity")
+    for name in ("2,400 updates", "from bases of 0.04, 600 updates"):
+        head += [f"{name}: right", "solved once in 8", "entropy, nats"]
+    for row in found["best_long"]:
+        cells = [row]
+        for seeds in (found["best_long"][row], found["best_low"][row]):
+            for column in ("right", "solved", "entropy"):
+                cells.append(spread_of(numbers[column] for numbers in seeds))
+        rows.append(cells)
+    return table(head, rows)
+
 BLOCKS = {
     "once": {"base reward": base_reward, "largest ρ̂ of GRPO": largest_ratio},
     "measures": {"": outcome, "noise": noise_from_to},
@@ -160,8 +195,17 @@ TABLES = {
     "blocks_addition": grid("blocks_addition", **BLOCKS),
     "blocks_sudoku": grid("blocks_sudoku", **BLOCKS),
     "ratio": grid("ratio", once={"noise under GRPO, nats": median_noise}),
+    "blocks": grid("blocks", **BLOCKS),
     "tunnel": grid("tunnel"),
     "tunnel_8": grid("tunnel_8"),
+    "best_rates": grid("best_rates"),
+    "best_long": grid("best_long"),
+    "best_low": grid("best_low"),
+    "digits": grid("digits"),
+    "sizes": grid("sizes", once={"base reward": base_reward, "noise under GRPO, nats": median_noise}),
+    "growth": growth_table,
+    "drift": drift_table,
+    "diversity": diversity_table,
     "parts": parts_table,
     "cut": grid("cut"),
     "spikes": grid("spikes"),
@@ -202,9 +246,9 @@ def measure(names, out):
         S.report(f"{name}: {len(missing)} runs")
         kept |= make_lines(missing, out)
         keep(kept)
-    for name, make in (("tails", noise.measure_tails), ("shares", noise.measure_shares)):
+    for name in ("tails", "shares", "drift", "diversity"):
         if not (HERE / f"{name}.json").exists():
-            make(out)
+            getattr(noise, f"measure_{name}")(out)
 
 def own_loss(file, out, resume):
     """Make the wind tunnel's runs at μ = 2 for the losses that a file registers. Print their rows
@@ -253,7 +297,8 @@ def main(argv=None):
         measure(given.names or EXPERIMENTS, given.out)
     kept, page = read_kept(), HERE / "README.md"
     page.write_text(page_with_tables(page.read_text(), kept))
-    draw(["plot", "noise", "blocks", "tunnel", "prices"], kept, HERE.parent / "figures")
+    names = ("plot", "noise", "blocks", "sizes", "drift", "tunnel", "prices")
+    draw(names, kept, HERE.parent / "figures")
 
 if __name__ == "__main__":
     main()

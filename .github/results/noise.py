@@ -1,15 +1,22 @@
-"""What is measured on base policies: where the tail of the ratios comes from (tails.json), and who
-has the weight of a first update (shares.json). What an estimate costs (prices.json) is kept, and
+"""What is measured on policies: where the tail of the ratios comes from (tails.json), who has the
+weight of a first update (shares.json), whether noise grows while a policy drifts (drift.json), and
+how diverse its answers are (diversity.json). What an estimate costs (prices.json) is kept, and
 nothing here measures it again."""
 
+import collections
+import copy
+import dataclasses
+import functools
 import itertools
 import json
 import statistics
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from experiments import HERE, S, load_base, short
+from experiments import (
+    BEST, EXPERIMENTS, FIVE, HERE, POLICIES, S, SMALL, lines_of, load_base, short, side_by_side)
 
 SEEDS = range(5)  # of the main job's base policies
 BINS = np.arange(-20.25, 20.5, 0.5)  # of log ρ̂ in nats; the middle one is centred on 0
@@ -20,18 +27,20 @@ def read(name):
 def write(name, found):
     (HERE / f"{name}.json").write_text(json.dumps(found) + "\n")
 
+def percent(shares):
+    """Their median, as it is written."""
+    median = 100 * statistics.median(shares)
+    return f"{median:.1f} %" if median > 99 else f"{median:.0f} %"
+
 def noise_of(name):
     """The noise of log ρ̂ in nats, at the base policies of addition."""
     return statistics.mean(read("prices")["addition"][name]["same"])
 
-def answers_of_base(config, out, key, prompts, generator):
-    """The base policy answers prompts, eight times each -> base, batch, rewards."""
-    base = load_base(out, config)
+def answers_of(model, config, key, prompts, generator):
+    """A model answers prompts, eight times each -> batch, rewards."""
     task = S.TASKS[config.task]
     texts, _ = task.sample(np.random.default_rng(key), prompts, "train")
-    options = {"samples": 8, "generator": generator}
-    batch, rewards = S.answer(base, task, texts, config.block_size, **options)
-    return base, batch, rewards
+    return S.answer(model, task, texts, config.block_size, samples=8, generator=generator)
 
 @torch.no_grad()
 def estimates_of(base, batch, number, generator):
@@ -50,7 +59,8 @@ def measure_tails(out):
     for seed in SEEDS:
         config = S.Config(seed=seed)
         generator = S.stream(config, "tails")
-        base, batch, rewards = answers_of_base(config, out, [4, seed], 256, generator)
+        base = load_base(out, config)
+        batch, rewards = answers_of(base, config, [4, seed], 256, generator)
         estimates = estimates_of(base, batch, 128, generator)
         log_ratio = estimates[:64] - estimates[64:]  # (64, N)
         own = estimates.std(0) * 2**0.5  # (N,): a log-ratio is a difference of two estimates
@@ -96,8 +106,8 @@ def measure_shares(out):
         for seed, number in itertools.product(SEEDS, range(10)):
             config = S.Config(seed=seed)
             generator = S.stream(config, f"shares {number}")
-            key = [3, seed, number]
-            base, batch, rewards = answers_of_base(config, out, key, 32, generator)
+            base = load_base(out, config)
+            batch, rewards = answers_of(base, config, [3, seed, number], 32, generator)
             advantages = S.group_advantages(rewards, 8)
             new, old = estimates_of(base, batch, 2, generator)
             log_ratio = (new - old).requires_grad_()
@@ -108,3 +118,91 @@ def measure_shares(out):
             heaviest.append(short(share.max().item()))
         found[loss] = {"bad answers": bad, "heaviest answer": heaviest}
     write("shares", found)
+
+def growth(kept):
+    """Noise at the start of training, K = 1 -> task -> (B, L, mean σ over seeds), and the fit of
+    σ = factor · B^b · L^l: (factor, b, l)."""
+    points = {}
+    for name, row, task, B, L in (
+            ("blocks_addition", "addition, B = 2", "addition", 2, 4),
+            ("digits", "StableDRL, ε = 5", "addition3", 4, 4),
+            ("blocks", "B = 2", "addition5, B = 2", 2, 8),
+            ("blocks", "B = 4", "addition5, B = 4", 4, 8),
+            ("blocks", "B = 8", "addition5, B = 8", 8, 8),
+            ("blocks_sudoku", "sudoku, B = 2", "sudoku, B = 2", 2, 16),
+            ("blocks_sudoku", "sudoku, B = 4", "sudoku, B = 4", 4, 16)):
+        column = "StableDRL" if "blocks" in name else "K = 1: 3.2 nats"
+        lines = lines_of(kept, EXPERIMENTS[name], row, column)
+        points[task] = B, L, statistics.mean(line["spread"][0] for line in lines)
+    B, L, sigma = np.log(list(points.values())).T
+    (log_factor, b, l), *_ = np.linalg.lstsq(np.stack([B * 0 + 1, B, L], 1), sigma)
+    return points, (np.exp(log_factor), b, l)
+
+def measure_drift(out):
+    found = {}
+    for policy, flags in POLICIES.items():
+        line = f"--task addition3 {SMALL} {flags} --updates 400 --seed {FIVE}"
+        configs, _, _ = S.parse(line.split())
+        found[policy] = side_by_side(drift_of, configs, out)
+    write("drift", found)
+
+def drift_of(out, config):
+    """A run, stopped every 40 updates -> column -> list of numbers: how far its policy has drifted,
+    and how noisy log ρ̂ is where ρ = 1, in nats: on 512 answers of the base, on 512 of its own, and
+    on good and bad ones of its own apart."""
+    found, base = collections.defaultdict(list), load_base(out, config)
+    model, folder = copy.deepcopy(base), Path(out, S.run_name(config))
+    key, prompts = [5, config.seed], 64
+    of_base, _ = answers_of(base, config, key, prompts, S.stream(config, "of base"))
+    for update in range(0, config.updates + 1, 40):
+        if update:
+            try:
+                S.make_run(out, dataclasses.replace(config, updates=update))
+            except FloatingPointError:
+                break
+            S.load(folder / "checkpoint.pt", model=model)
+        generator = S.stream(config, f"drift {update}")
+        own, rewards = answers_of(model, config, key, prompts, generator)
+        truth, base_truth = S.true_log_prob(model, **own), S.true_log_prob(base, **own)
+        log_ratio = -estimates_of(model, own, 16, generator).view(2, 8, -1).diff(dim=0)[0]  # (8, N)
+        on_base = estimates_of(model, of_base, 16, generator).view(2, 8, -1).diff(dim=0)
+        numbers = {
+            "reward": rewards.mean(),
+            "drift": (truth - base_truth).mean(),
+            "own": log_ratio.std(),
+            "base": on_base.std(),
+            "good": log_ratio[:, rewards == 1].std(),
+            "bad": log_ratio[:, rewards < 1].std(),
+        }
+        for name, number in numbers.items():
+            found[name].append(short(number.item()))
+    return found
+
+def measure_diversity(out):
+    """Of the policies at the end of two experiments, and of their bases."""
+    found = {}
+    for name, column in (("best_long", "2,400 updates"), ("best_low", "times the base")):
+        found[name] = {}
+        for row in BEST:
+            configs = EXPERIMENTS[name].cell(row, column)
+            found[name][row] = side_by_side(diversity_of, configs, out)
+        of_base = functools.partial(diversity_of, trained=False)
+        found[name]["base policy"] = side_by_side(of_base, configs, out)
+    write("diversity", found)
+
+def diversity_of(out, config, trained=True):
+    """500 held-out prompts, answered eight times each -> share of right answers, share of prompts
+    that are solved at least once, and entropy of an answer in nats (the mean of −log π)."""
+    task, model = S.TASKS[config.task], load_base(out, config)
+    if trained:
+        S.make_run(out, config)
+        S.load(Path(out, S.run_name(config), "checkpoint.pt"), model=model)
+    texts, _ = task.sample(np.random.default_rng([6, config.seed]), 500, "test")
+    options = {"samples": 8, "generator": S.stream(config, "diversity")}
+    batch, rewards = S.answer(model, task, texts, config.block_size, **options)
+    numbers = {
+        "right": rewards.mean(),
+        "solved": rewards.view(-1, 8).amax(-1).mean(),
+        "entropy": -S.true_log_prob(model, **batch).mean(),
+    }
+    return {name: short(number.item()) for name, number in numbers.items()}
