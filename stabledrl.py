@@ -11,18 +11,20 @@ language model predicts *hidden* tokens from visible ones: it learns to fill in 
 starting from blanks and filling them in, one by one, in random order. A *block*-diffusion model
 writes block after block, left to right, and only within a block of B tokens is the order free. With
 B = 1 nothing is free, and the model factorises like a GPT. With B = L, the length of the answer,
-the whole answer is one block. B must always divide both the length of the prompt and
-that of the answer.
+the whole answer is one block. B must always divide both the length of the prompt and that of the
+answer.
 
 How rewards train it. The model, seen as a writer of answers, is a *policy* π_θ with weights θ. It
 answers each prompt G times; these G *completions* are a *group*. A judge gives each a reward. Its
 *advantage* A says how much better it did than its group. Gradient ascent on Σ A·log π_θ(completion)
 makes the better ones likelier. It raises the expected reward as long as π_θ is the policy that
-wrote the completions, called "old". After one step π_θ is another policy. To use the completions
-for several steps, PPO and GRPO weigh them by the *importance ratio* ρ = π_θ/π_old. (A GPT has a
-ratio per token, this model one per completion.) The reason is importance sampling: E_old[ρ·f] =
-E_θ[f] for any f, so weighted samples of the old policy average like samples of the new one. With
-f = A·∇log π_θ this is the gradient above. At the first step θ is θ_old, and every ρ is 1.
+wrote the completions, called "old". (The reason is REINFORCE: the gradient of E[reward] is
+E[reward·∇log π_θ]. A number that does not depend on the completion may be subtracted from the
+reward, since E[∇log π_θ] = 0.) After one step π_θ is another policy. To use the completions for
+several steps, PPO and GRPO weigh them by the *importance ratio* ρ = π_θ/π_old. (A GPT has a ratio
+per token, this model one per completion.) The reason is importance sampling: E_old[ρ·f] = E_θ[f]
+for any f, so weighted samples of the old policy average like samples of the new one. With f =
+A·∇log π_θ this is the gradient above. At the first step θ is θ_old, and every ρ is 1.
 
 Why GRPO breaks on such a model:
   1. The order within a block is random, so the probability of a block is a mean over B! orders.
@@ -44,19 +46,20 @@ Why GRPO breaks on such a model:
 StableDRL (§6) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum, so that they add up to 1.
 
-Two things that you will not find in the paper follow from this file's measurements. The noise can
+Three things that you will not find in the paper follow from this file's measurements. The noise can
 be removed: where both estimates use the same masks, or follow the order in which the completion was
-written, the ratio has little noise or none, and GRPO works (§5). And where each batch is used for
-only two updates, leaving the ratio out does better than StableDRL with the paper's ε on the noisy
-estimate.
+written, the ratio has little noise or none, and GRPO works (§5). Where each batch is used for only
+two updates, leaving a noisy ratio out does better than StableDRL with the paper's ε. And of all
+objectives on the noisy estimate, the simplest did best: to learn from the good completions only,
+without a ratio. (The README has the numbers.)
 
 Where to look: §6 is the paper; `train` in §8 is the loop, in four numbered steps.
   §1 Transformer                 §4 Rollout                §7 Diagnostics
   §2 Attention masks             §5 Exact likelihoods      §8 Training
   §3 Forward process and ELBO    §6 The losses             §9 Command line
 
-Notation: symbol, name in the code, shape, meaning. A hat marks an estimate: L is a length, L̂ an
-estimate of log π. An *answer* is a completion. A *place* is a position within the completion.
+Notation: symbol, name in the code, shape, meaning. A hat marks an estimate. (But L is a length, and
+L̂ an estimate of log π.) An *answer* is a completion, a *place* a position within it.
   q      prompts      (M, P)     M prompts of P tokens; in the toy task of addition, "12+34="
   y      completions  (N, L)     N = M·G, of L tokens, "46.."; rows i·G .. i·G+G−1 answer prompt i
   B      block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
@@ -180,13 +183,13 @@ class BlockDiffusionTransformer(nn.Module):
         return F.pad(logits, (0, 1), value=-math.inf), new_cache
 
 # ==== §2  Attention masks =========================================================================
-# One pass can score every block, each given the true text before it, and no hidden token is seen.
-# To score block b the model must read two things: the clean tokens before b (nothing hidden), and a
-# noisy copy of b. The *staircase* does that for all blocks at once, since the completion is laid
-# out once clean and K times noisy, each time with other tokens hidden. The clean part serves as the
-# text before each block. Predictions are read at the noisy copies. A noisy token may look at its
-# own noisy block, and at clean blocks *strictly before* its own. With >= in place of that one > it
-# would see the very tokens that are hidden from it, and learn to copy them.
+# One pass scores all blocks. Each is given the true text before it, and none sees the tokens that
+# are hidden from it. To score block b the model must read two things: the clean tokens before b
+# (nothing hidden), and a noisy copy of b. The *staircase* does that for all blocks at once, since
+# the completion is laid out once clean and K times noisy, each time with other tokens hidden. The
+# clean part serves as the text before each block. Predictions are read at the noisy copies. A noisy
+# token may look at its own noisy block, and at clean blocks *strictly before* its own. With >= in
+# place of that one > it would see the very tokens that are hidden from it, and learn to copy them.
 #
 # Blocks are counted from the first token of the prompt. So the prompt must end where a block ends.
 # Otherwise one block would hold its last tokens and the first ones of the completion, and the
@@ -302,7 +305,7 @@ MASKS = {"independent": sample_masks, "coupled": coupled_masks}
 def token_log_probs(model, prompts, completions, masks, block_size):
     """log p(y_i | its noisy block, the clean text before it) at every place i of every copy:
     prompts (M,P), completions (N,L), masks (N,K,L) bool -> (N,K,L). Where y_i is visible the value
-    means nothing: callers must leave it out. Each prompt belongs to N/M completions in a row. It is
+    means nothing: callers must leave it out. Each prompt has N/M consecutive completions. It is
     read once, under the first P rows of `staircase_mask`, into a cache. Then one pass under the
     other rows reads [completion | K noisy copies], (K+1)·L tokens."""
     (N, K, L), P = masks.shape, prompts.shape[1]
@@ -405,12 +408,13 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 #      0   if only the certain one is (m = 1: one time in four),
 #     −9.2 if only the unlikely one is (m = 1: one time in four).
 # That is right on average. But L̂_θ and L̂_old draw masks of their own, and may differ by 9.2
-# though θ = θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1. (The gradient of *this* block is then nearly
-# 0, but the weight falls on the whole completion. A coupled pair of §3 always gives −4.6.)
+# though θ = θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1, if L̂_old hid the unlikely token alone, and
+# L̂_θ the certain one alone. (The gradient of L̂_θ for *this* block is then nearly 0. But the
+# weight counts for all blocks of the completion.) A coupled pair of §3 always gives −4.6.
 #
 # What does exp do to it? Let η be the noise of the difference L̂_θ − L̂_old: log ρ̂ = log ρ + η, so
-# ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation σ, then E[e^η] = e^(σ²/2): at σ =
-# 2 nats ratios are 7 times too large on average, and a few huge ones make that average.
+# ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation σ, then E[e^η] = e^(σ²/2): at σ = 2
+# nats ratios are 7 times too large on average, and a few huge ones make that average.
 #
 # Real noise has a longer tail than normal noise of the same σ, because the noise differs between
 # answers. For most of them it is small, and a few have most of it. On the base policies of the main
@@ -423,8 +427,9 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # just the case in which GRPO has no bound.
 #
 # What lowers it? K independent copies lower σ as 1/√K. Coupled masks lower it more while B is
-# small. σ grows with the number of tokens and with B. The other error of L̂, the *bias* log π −
-# ELBO, hardly moves in a few updates, and so cancels in the ratio.
+# small. σ grows with B and with the length: on base policies of four tasks, with B from 2 to 8 and
+# L from 4 to 16, it is roughly 0.6·B^0.7·L^0.5 nats for K = 1. The other error of L̂, the *gap* log
+# π − ELBO, hardly moves in a few updates, and so cancels in the ratio.
 #
 # Why not simply share the masks? If L̂_θ uses the masks of L̂_old again (--shared_masks), the two
 # errors nearly cancel, and nothing in the algorithm forbids it. The paper draws anew. Sharing has a
@@ -436,10 +441,10 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # write it. The probability of the pair is a product over the steps: p(token | what was visible
 # then), times the probability of o, which does not depend on θ. `trajectory` computes that product
 # with a noisy copy per step: B of them, not 2^B − 1. Nothing is drawn, so its ratio is exactly 1 at
-# θ = θ_old. This ratio is not ρ, but an unbiased weight as well: importance sampling works on
-# pairs, too, E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o) this is the
-# gradient of the expected reward again. (The mean of this ratio over o, weighted by π_old(o|y), is
-# ρ.)
+# θ = θ_old. This ratio is not ρ. But it is a valid importance weight, too, since importance
+# sampling works on pairs: E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o)
+# this is the gradient of the expected reward again. (The mean of this ratio over o, weighted by
+# π_old(o|y), is ρ.)
 
 MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies are still affordable
 
@@ -508,9 +513,9 @@ ESTIMATORS = {
 # GRPO leaves one case without a bound, and StableDRL bounds it with two lines. A GPT has a ratio
 # per token. Here there is one per completion, with the noise of all its tokens. Why not one per
 # token? Each term of L̂ is a log p times B/m. The p is a probability, that of the token given the
-# visible ones. But such terms do not add up to log π, so the ratio of two of them is not an
-# importance ratio. (Those of `trajectory` do add up, to the log-probability of the pair. There one
-# ratio per token would be possible, as in a GPT.)
+# visible ones. But only the sum of all terms estimates a bound of log π. The ratio of two single
+# terms is not an importance ratio. (Those of `trajectory` do add up, to the log-probability of the
+# pair. There one ratio per token would be possible, as in a GPT.)
 #
 # GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). Let g be the gradient of L̂_θ(y) with respect to θ. As
 # L̂_old is constant, ρ̂ = exp(L̂_θ − L̂_old) has the gradient ρ̂·g. Where the min is its first
@@ -524,8 +529,9 @@ ESTIMATORS = {
 #     ρ̂ > 1+ε       0              ρ̂, HOWEVER LARGE      1+ε
 #     divisor       N              N                     Σ of the group's weights · number of groups
 # The case HOWEVER LARGE, the *open case*, has a reason: a bad completion that has become likelier
-# must be pulled back hard. With an exact ratio, which stays near 1, that is right. With an estimate,
-# ρ̂ = 1,000 mostly says that the noise was 6.9 nats; and the noisy answers are the bad ones (§5).
+# must be pulled back hard. With an exact ratio, which stays near 1, that is right. With an
+# estimate, ρ̂ = 1,000 mostly says that the noise was 6.9 nats; and the noisy answers are the bad
+# ones (§5).
 #
 # For StableDRL, the negative gradient of a group is
 #     Σ_j w_j A_j g_j / Σ_j w_j,     w_j = clip(ρ̂_j, 1−ε, 1+ε)
@@ -535,15 +541,16 @@ ESTIMATORS = {
 #     line 1 alone (clip_only)   groups with large ratios outweigh the others
 #     line 2 alone (norm_only)   one outlier takes all the weight of its group
 #     no ratio (no_ratio)        all weigh 1/G, as if the policy were still the one that sampled
-# What do bounded weights do? The negative gradient of a group is a weighted mean of its A_j·g_j, so
-# its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are. This bound protects whoever does
-# not clip the norm of the gradient. `train` does clip it, to 1 and with any loss; it is larger than
-# 1 nearly always, and Adam divides by a running norm as well. So here bounded weights matter for the
-# *direction*. Beside seven completions of
-# ratio 1, a noisy one has at most (1+ε)/(1+ε+7) = 6/13 of its group's weight, and without line 1 it
-# may have all. Line 2 keeps it out of the other groups. (Two limits. Of Σ w·|A| it may have more,
-# as |A| differs. And line 1 has no lower bound if ε ≥ 1: beside seven of very small ratios, one may
-# still have most of the weight.)
+# What do bounded weights do? Thanks to line 2 the negative gradient of a group is a weighted mean
+# of its A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are. This bound
+# protects whoever does not clip the norm of the gradient. `train` does clip that norm, to 1 and
+# with any loss; it is larger than 1 nearly always. Adam, too, rescales every parameter's gradient
+# by its usual size. So here bounded weights matter for the *direction*: for which answers the mean
+# is made of. Beside seven completions of ratio 1, a noisy one has at most (1+ε)/(1+ε+7) = 6/13 of
+# its group's weight, and without line 1 it may have all. Line 2 keeps it out of the other groups.
+# (Two limits. Its share of Σ w·|A| may be larger, as |A| differs: up to 86 % here, if it is the
+# only bad one of the group. And line 1 has no lower bound if ε ≥ 1: beside seven of very small
+# ratios, one may still have most of the weight.)
 #
 # What does StableDRL give up? It has no 0 in its column. In GRPO, once the updates of a batch have
 # moved a completion by more than ε in the intended direction (a good one up, a bad one down), its
@@ -557,11 +564,13 @@ ESTIMATORS = {
 # GRPO since Σ A = 0, for StableDRL since log ρ̂ = 0. That is not a bug. The value of these losses
 # means nothing, and only their gradient is used.
 #
-# Is −mean A·g then the gradient of the expected reward? Only if g is that of log π. With
-# --estimator exact or trajectory it is. The mean of ∇L̂ over masks is the gradient of the ELBO, a
-# lower bound, so with it each update is a little off, even if the ratio is perfect. On addition
-# that costs nothing that we could measure: GRPO ends at 2.20 times its base with exact_elbo, and at
-# 2.19 with exact (600 updates, three seeds).
+# Is mean A·g then the gradient of the expected reward? For that g must be the gradient of log π,
+# and with --estimator exact or trajectory it is. (Two habits of GRPO remain. The mean of the group
+# contains the reward of the answer itself, which costs a factor 1 − 1/G. And the division by the
+# deviation gives more weight to prompts that are nearly always or nearly never solved.) The mean of
+# ∇L̂ over masks is the gradient of the ELBO, a lower bound, so with it each update is a little off,
+# even if the ratio is perfect. On addition that costs nothing that we could measure: GRPO ends at
+# 2.20 times its base with exact_elbo, and at 2.19 with exact (600 updates, three seeds).
 
 def group_advantages(rewards, group_size):
     """Rewards (N,) -> (N,): (reward − mean of its group) / (standard deviation of its group). Equal
@@ -622,10 +631,11 @@ LOSSES = {
 # What should one watch before the reward falls? The best sign is `spread`, the standard deviation
 # of log ρ̂ at the first update of a batch. Every true ratio is 1 at that point, so whatever it
 # shows is noise. A model of any size can log it. In our runs it told *whether* GRPO would fall
-# behind, not when, nor by how much: at 2 nats it collapsed on addition (it ended below half of its
-# base's reward), and at 3.7 nats on sudoku, with a smaller learning rate, it lost a fifth. The
-# second sign is the norm of the gradient before it is clipped. Two more numbers, `noise_std` and
-# `drift`, need exact likelihoods. So they are measured only for blocks of at most MAX_EXACT_BLOCK.
+# behind, not when, nor by how much: at 2 nats it collapsed on addition with the default settings
+# (it ended below half of its base's reward), and at 3.7 nats on sudoku, with a smaller learning
+# rate, it lost a fifth. The second sign is the norm of the gradient before it is clipped. Two more
+# numbers, `noise_std` and `drift`, need exact likelihoods. So they are measured only for blocks of
+# at most MAX_EXACT_BLOCK.
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
     """log_ratio (N,) -> dict of floats, about ratios before any clipping. ratio_max: the largest
@@ -681,7 +691,9 @@ def check_finite(update, loss, grad_norm, log_ratio):
 # One loop, `train`, does all of RL. A batch of completions is sampled, scored by the policy as it
 # is ("old"), and used for μ updates. At the first update θ is θ_old, and every ρ is 1. Later it is
 # not. With μ = 1 every ρ is 1 always: the *estimate* ρ̂ is then nothing but noise, and the right
-# thing is to leave it out (no_ratio).
+# thing is to leave it out (no_ratio). Of the helpers of `train`, `answer` samples completions and
+# has them judged, `restore` and `write_row` read and write files (§9), and `note` and `summary`
+# keep the log (§7).
 #
 # Prompts, samples and masks each have a random stream of their own, made from the seed and the
 # number of updates done. So with one seed all losses start from the same base and see the same
@@ -755,7 +767,7 @@ class Config:
         assert self.log_every % self.mu == 0, "--log_every must be a multiple of --mu"
         assert self.updates % self.log_every == 0, "--updates must be a multiple of --log_every"
 
-LEAST = {"seed": 0, "group_size": 2}  # a completion is compared with others of its group
+LEAST = {"seed": 0, "group_size": 2}  # 2: a completion is compared with others of its group
 
 def seed_for(config, purpose):
     """A number of 63 bits for one purpose, a string: no two purposes share one, in practice."""
@@ -815,7 +827,7 @@ def pretrain(config):
 
 def train(config, base_model, folder):
     """RL from the base policy -> (trained model, rows of the log). Each row goes to the folder with
-    a checkpoint; from a checkpoint, training goes on. Errors: see `check_finite`, `generate`."""
+    a checkpoint, where the next call goes on. Errors: see `check_finite`, `generate`."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
@@ -957,7 +969,8 @@ def check(config, out, resume):
     batch, rewards = answer(model, task, texts, B, samples=G, generator=generator)
     masks = MASKS[config.masks](G, config.copies, task.completion_len, B, generator)
     log_prob = ESTIMATORS[config.estimator](model, masks=masks, **batch)
-    loss = LOSSES[config.loss][0](log_prob - log_prob.detach(), rewards, config.clip_eps, G)
+    advantages = rewards  # any numbers will do
+    loss = LOSSES[config.loss][0](log_prob - log_prob.detach(), advantages, config.clip_eps, G)
     assert loss.shape == () and loss.isfinite() and loss.requires_grad, (
         f"loss {loss.tolist()} is not a finite number with a gradient, from {log_prob.tolist()}")
 
@@ -999,8 +1012,8 @@ def parse(argv):
     return list({run_name(config): config for config in configs}.values()), out, resume
 
 def report(line):
-    """Print. A closed pipe or a full disk behind stdout costs the line, not the run; a console that
-    lacks a letter gets it as a number."""
+    """Print. A closed pipe or a full disk behind stdout costs the line, not the run. A console that
+    lacks a letter gets an escape code."""
     try:
         print(f"{line}\n", end="", flush=True)
     except UnicodeError:

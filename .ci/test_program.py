@@ -304,7 +304,7 @@ def test_what_you_register_is_tried_before_any_work(
 def test_a_loss_without_a_gradient_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(S.LOSSES, "mine", (no_gradient, 1.0))
     says = refused(f"--loss mine --out {tmp_path}", capsys, monkeypatch)
-    assert "no finite number with a gradient" in says
+    assert "not a finite number with a gradient" in says
 
 def test_a_run_does_not_go_back_to_fewer_updates(tmp_path, monkeypatch, capsys):
     """Its log would say so above rows that say otherwise."""

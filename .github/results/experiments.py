@@ -170,8 +170,9 @@ BEST = {  # at 2 nats and μ = 2, and StableDRL as in the paper
 RATES = ("1e-4", "3e-5", "1e-5")
 SMALL = "--d_model 128 --n_layer 4 --lr 3e-5"  # 0.8 M parameters
 SIZES = {f"0.1 M, {rate}": f"--lr {rate}" for rate in RATES}
-SIZES |= {f"3.2 M, {rate}": f"--d_model 256 --n_layer 4 --n_head 8 --lr {rate}" for rate in RATES}
-SIZES["25 M, 1e-5"] = "--d_model 512 --n_layer 8 --n_head 8 --base_lr 1e-4 --lr 1e-5"
+GPU = "--device cuda --n_head 8"
+SIZES |= {f"3.2 M, {rate}": f"{GPU} --d_model 256 --n_layer 4 --lr {rate}" for rate in RATES}
+SIZES["25 M, 1e-5"] = f"{GPU} --d_model 512 --n_layer 8 --base_lr 1e-4 --lr 1e-5"
 
 @dataclasses.dataclass
 class Experiment:
@@ -216,6 +217,7 @@ EXPERIMENTS = {
     "ratio_8": Experiment(
         {f"`{flags}`": flags for flags in ("--shared_masks", "--estimator trajectory")}, BOTH,
         "--updates 600 --mu 8"),
+    "mu_1": Experiment(BEST | {"GRPO": "--loss grpo"}, {"μ = 1": "--mu 1", "μ = 2": ""}),
     "tunnel": Experiment(OBJECTIVES, NOISES),
     "tunnel_8": Experiment(OBJECTIVES, NOISES, "--updates 600 --mu 8"),
     "parts": Experiment(PARTS, TWO_AND_EIGHT, seeds=FIVE),

@@ -108,8 +108,8 @@ def draw_learning(panels_of, path):
             axis.plot(updates, rewards.mean(0), linewidth=2, label=label, **style)
         bases = [line["base"] for lines in lines_by_label.values() for line in lines]
         draw_base(axis, statistics.mean(bases))
-        axis.set(title=title, xlabel="update", ylim=(0, None))
-    axes[0].set_ylabel("reward")
+        axis.set(title=title, xlabel="update")
+    axes[0].set(ylabel="reward", ylim=(0, None))
     finish(figure, axes[0], path)
 
 def draw_blocks(kept, path):
@@ -141,19 +141,22 @@ def draw_sizes(kept, path):
 def last_reward(lines):
     return sum(line["reward"][-1] for line in lines) if lines else -1
 
+UPDATES = range(0, 401, 40)  # at which noise and drift were measured
+
 def draw_drift(kept, path):
-    """Noise while a policy drifts: of the base's answers, and of its own, a point each 40 updates."""
+    """Noise while a policy drifts: of the base's answers, and of its own."""
     figure, axes = panels(1, 2, 3.4, sharey=True)
     columns = {"base": "on answers of the base policy", "own": "on answers of its own"}
     for axis, (column, title) in zip(axes, columns.items()):
         for policy, seeds in noise.read("drift").items():
             style = {"color": COLOURS[policy], "linestyle": STYLES.get(policy, "-")}
             for log in seeds:
-                axis.plot(range(0, 40 * len(log[column]), 40), log[column], linewidth=0.5, **style)
-            means = [statistics.mean(of_seeds) for of_seeds in zip(*(log[column] for log in seeds if len(log[column]) == 11))]
-            axis.plot(range(0, 401, 40), means, linewidth=2, label=policy, **style)
-        axis.set(title=f"noise {title}", xlabel="update", ylim=(0, None))
-    axes[0].set_ylabel("nats")
+                updates = UPDATES[: len(log[column])]
+                axis.plot(updates, log[column], linewidth=0.5, **style)
+            whole = [log[column] for log in seeds if len(log[column]) == len(UPDATES)]
+            axis.plot(UPDATES, np.mean(whole, 0), linewidth=2, label=policy, **style)
+        axis.set(title=f"noise {title}", xlabel="update")
+    axes[0].set(ylabel="nats", ylim=(0, None))
     finish(figure, axes[0], path)
 
 def draw_tunnel(kept, path):

@@ -194,6 +194,8 @@ TABLES = {
     "lr": grid("lr"),
     "blocks_addition": grid("blocks_addition", **BLOCKS),
     "blocks_sudoku": grid("blocks_sudoku", **BLOCKS),
+    "ratio_8": grid("ratio_8"),
+    "mu_1": grid("mu_1"),
     "ratio": grid("ratio", once={"noise under GRPO, nats": median_noise}),
     "blocks": grid("blocks", **BLOCKS),
     "tunnel": grid("tunnel"),

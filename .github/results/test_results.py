@@ -176,8 +176,11 @@ def test_kept_lines_are_those_of_the_experiments():
     runs = experiments.runs_of(EXPERIMENTS.values())
     kept = experiments.read_kept()
     assert kept.keys() == runs.keys()
+    bases = {}
     for name, config in runs.items():
         assert experiments.is_whole(kept[name], config)
+        bases.setdefault(S.base_path(config, ""), set()).add(kept[name]["base"])
+    assert all(len(rewards) == 1 for rewards in bases.values())  # one base for all runs of a seed
 
 def test_commands_of_the_page_make_the_runs_of_their_experiments():
     for name, experiment in EXPERIMENTS.items():
