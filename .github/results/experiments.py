@@ -243,6 +243,8 @@ EXPERIMENTS = {
         "all good answers, pushed up": "--loss all_good"},
         {"estimated likelihood": "--estimator elbo", "exact likelihood": "--estimator exact"}),
     "sizes": Experiment(SIZES, POLICIES),
+    "slow": Experiment(BOTH, {
+        f"{n:,} updates": f"--updates {n}" for n in (600, 1200, 2400)}, "--lr 1e-5"),
     "blocks": Experiment(
         {f"B = {B}": f"--block_size {B}" for B in (1, 2, 4, 8)},
         BOTH | {"GRPO, trajectory": "--loss grpo --estimator trajectory"},

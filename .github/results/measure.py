@@ -196,6 +196,7 @@ TABLES = {
     "blocks_sudoku": grid("blocks_sudoku", **BLOCKS),
     "ratio_8": grid("ratio_8"),
     "mu_1": grid("mu_1"),
+    "slow": grid("slow"),
     "ratio": grid("ratio", once={"noise under GRPO, nats": median_noise}),
     "blocks": grid("blocks", **BLOCKS),
     "tunnel": grid("tunnel"),

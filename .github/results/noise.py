@@ -52,6 +52,15 @@ def estimates_of(base, batch, number, generator):
         found.append(S.elbo(base, masks=masks, **batch))
     return torch.stack(found)
 
+def noise_of_ratio(model, batch, number, generator):
+    """(number, N): log ρ̂ where ρ = 1, the difference of two estimates with masks of their own."""
+    new = estimates_of(model, batch, number, generator)
+    return new - estimates_of(model, batch, number, generator)
+
+def shortened(numbers):
+    """name -> tensor of one number, into name -> four digits."""
+    return {name: short(number.item()) for name, number in numbers.items()}
+
 def measure_tails(out):
     """2,048 answers of each base policy, and for each answer 64 values of log ρ̂ where ρ = 1."""
     seeds = []
@@ -94,7 +103,7 @@ def tail_of(log_ratio, own, good, generator):
         "largest_normal": normal.amax(-1).median().exp(),
         "largest_own": normal_own.amax(-1).median().exp(),
     }
-    return {name: short(number.item()) for name, number in numbers.items()}
+    return shortened(numbers)
 
 def measure_shares(out):
     """The first update of ten batches of each base policy, where ρ = 1: the share of all bad
@@ -134,8 +143,9 @@ def growth(kept):
         column = "StableDRL" if "blocks" in name else "K = 1: 3.2 nats"
         lines = lines_of(kept, EXPERIMENTS[name], row, column)
         points[task] = B, L, statistics.mean(line["spread"][0] for line in lines)
-    B, L, sigma = np.log(list(points.values())).T
-    (log_factor, b, l), *_ = np.linalg.lstsq(np.stack([B * 0 + 1, B, L], 1), sigma)
+    log_B, log_L, log_sigma = np.log(list(points.values())).T
+    columns = np.stack([np.ones(len(points)), log_B, log_L], axis=1)
+    (log_factor, b, l), *_ = np.linalg.lstsq(columns, log_sigma)
     return points, (np.exp(log_factor), b, l)
 
 def measure_drift(out):
@@ -151,7 +161,7 @@ def drift_of(out, config):
     and how noisy log ρ̂ is where ρ = 1, in nats: on 512 answers of the base, on 512 of its own, and
     on good and bad ones of its own apart."""
     found, base = collections.defaultdict(list), load_base(out, config)
-    model, folder = copy.deepcopy(base), Path(out, S.run_name(config))
+    model = copy.deepcopy(base)
     key, prompts = [5, config.seed], 64
     of_base, _ = answers_of(base, config, key, prompts, S.stream(config, "of base"))
     for update in range(0, config.updates + 1, 40):
@@ -160,23 +170,26 @@ def drift_of(out, config):
                 S.make_run(out, dataclasses.replace(config, updates=update))
             except FloatingPointError:
                 break
-            S.load(folder / "checkpoint.pt", model=model)
+            load_trained(out, config, model)
         generator = S.stream(config, f"drift {update}")
         own, rewards = answers_of(model, config, key, prompts, generator)
-        truth, base_truth = S.true_log_prob(model, **own), S.true_log_prob(base, **own)
-        log_ratio = -estimates_of(model, own, 16, generator).view(2, 8, -1).diff(dim=0)[0]  # (8, N)
-        on_base = estimates_of(model, of_base, 16, generator).view(2, 8, -1).diff(dim=0)
+        drift = S.true_log_prob(model, **own) - S.true_log_prob(base, **own)
+        log_ratio = noise_of_ratio(model, own, 8, generator)  # (8, N)
         numbers = {
             "reward": rewards.mean(),
-            "drift": (truth - base_truth).mean(),
+            "drift": drift.mean(),
             "own": log_ratio.std(),
-            "base": on_base.std(),
+            "base": noise_of_ratio(model, of_base, 8, generator).std(),
             "good": log_ratio[:, rewards == 1].std(),
             "bad": log_ratio[:, rewards < 1].std(),
         }
-        for name, number in numbers.items():
-            found[name].append(short(number.item()))
+        for name, number in shortened(numbers).items():
+            found[name].append(number)
     return found
+
+def load_trained(out, config, model):
+    """The model gets the weights of a run's last checkpoint."""
+    S.load(Path(out, S.run_name(config), "checkpoint.pt"), model=model)
 
 def measure_diversity(out):
     """Of the policies at the end of two experiments, and of their bases."""
@@ -196,13 +209,14 @@ def diversity_of(out, config, trained=True):
     task, model = S.TASKS[config.task], load_base(out, config)
     if trained:
         S.make_run(out, config)
-        S.load(Path(out, S.run_name(config), "checkpoint.pt"), model=model)
-    texts, _ = task.sample(np.random.default_rng([6, config.seed]), 500, "test")
-    options = {"samples": 8, "generator": S.stream(config, "diversity")}
+        load_trained(out, config, model)
+    rng, generator = np.random.default_rng([6, config.seed]), S.stream(config, "diversity")
+    texts, _ = task.sample(rng, 500, "test")
+    options = {"samples": 8, "generator": generator}
     batch, rewards = S.answer(model, task, texts, config.block_size, **options)
-    numbers = {
+    groups = rewards.view(-1, 8)
+    return shortened({
         "right": rewards.mean(),
-        "solved": rewards.view(-1, 8).amax(-1).mean(),
+        "solved": groups.amax(-1).mean(),
         "entropy": -S.true_log_prob(model, **batch).mean(),
-    }
-    return {name: short(number.item()) for name, number in numbers.items()}
+    })
