@@ -1,5 +1,5 @@
-"""StableDRL in one file: reinforcement learning for diffusion language models, in a way
-that does not collapse where GRPO does.
+"""StableDRL in one file: reinforcement learning for diffusion language models that survives the
+noise on which GRPO collapses.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
 2603.06743. The paper reasons about noise in estimates of the likelihood. The toy tasks here have
@@ -18,7 +18,7 @@ How rewards train it. The model, seen as a writer of answers, is a *policy* π_�
 answers each prompt G times; these G *completions* are a *group*. A judge gives each a reward. Its
 *advantage* A says how much better it did than its group. Gradient ascent on Σ A·log π_θ(completion)
 makes the better ones likelier. It raises the expected reward as long as π_θ is the policy that
-wrote the completions, called "old". (The reason is REINFORCE: the gradient of E[reward] is
+wrote the completions, π_old. (The reason is REINFORCE: the gradient of E[reward] is
 E[reward·∇log π_θ]. A number that does not depend on the completion may be subtracted from the
 reward, since E[∇log π_θ] = 0.) After one step π_θ is another policy. To use the completions for
 several steps, PPO and GRPO weigh them by the *importance ratio* ρ = π_θ/π_old. (A GPT has a ratio
@@ -50,8 +50,8 @@ Three things that you will not find in the paper follow from this file's measure
 be removed: where both estimates use the same masks, or follow the order in which the completion was
 written, the ratio has little noise or none, and GRPO works (§5). Where each batch is used for only
 two updates, leaving a noisy ratio out does better than StableDRL with the paper's ε. And of all
-objectives on the noisy estimate, the simplest did best: to learn from the good completions only,
-without a ratio. (The README has the numbers.)
+objectives that we tried on noisy estimates of this task, the simplest did best: to learn from the
+good completions only, without a ratio. (The README has the numbers.)
 
 Where to look: §6 is the paper; `train` in §8 is the loop, in four numbered steps.
   §1 Transformer                 §4 Rollout                §7 Diagnostics
@@ -258,19 +258,19 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 # One quantity, the ELBO, serves twice. Pretraining maximises a random estimate of it, and RL uses
 # the same estimate, L̂, for log π. The *forward process* of diffusion destroys a text, which here
 # means that it hides tokens. In every block it draws a count m uniformly from 1..B, and puts [MASK]
-# in place of m random tokens. The model predicts these. What has that to do with the probability of
-# *writing* a block? (One block is enough for the argument: the log-probability of a completion is
-# the sum over its blocks.)
+# in place of m random tokens. The model predicts these. What does that have to do with the
+# probability of *writing* a block? (One block is enough for the argument: the log-probability of a
+# completion is the sum over its blocks.)
 #   1. The model writes the B tokens one per step, in an order chosen at random (§4):
 #          π(block) = mean over all B! orders of  ∏ over the B steps of  p(token | what is visible)
 #   2. The log of a mean is at least the mean of the logs (Jensen's inequality):
 #          log π(block) ≥ mean over orders of  Σ over steps of  log p
 #                       = B · (mean of log p over a random step of a random order)
 #   3. A prediction depends on which tokens are visible, not on the order in which they were
-#      written. So a random step of a random order can be drawn in a simpler way. When it begins, m
-#      tokens are hidden, and m is uniform on 1..B. In a random order every set of m tokens is
-#      equally likely to be the hidden one, and each of its tokens equally likely to be written
-#      next. So the mean in 2. is a mean over m, and over sets of m tokens, of (1/m)·Σ_hidden log p.
+#      written. So a random step of a random order can be drawn in a simpler way. When such a step
+#      begins, m tokens are hidden, and m is uniform on 1..B. In a random order every set of m
+#      tokens is equally likely to be the hidden one, and each of its tokens equally likely to be
+#      written next. So the mean in 2. is a mean over m, and over sets of m tokens, of (1/m)·Σ_hidden log p.
 #      (For B = 2: with probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the
 #      second alone.) Times B, and summed over blocks, this is
 #   ELBO(y) = E_masks[ Σ_blocks B/m · Σ_{i hidden} log p_θ(y_i | noisy block, clean text before) ]
@@ -397,10 +397,10 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
     return (completions, steps) if return_steps else completions
 
 # ==== §5  Exact likelihoods =======================================================================
-# This section answers four questions: what L̂ is an estimate *of*; where its noise comes from; what
-# exp does to noise; and how a ratio can be free of it. A block can be hidden in only 2^B − 1 ways:
-# 3 for B = 2. With a noisy copy for each, a weighted sum of the log p is the ELBO without noise,
-# and a sum over all ways to write the block is π itself.
+# This section answers these questions: what L̂ is an estimate *of*; where its noise comes from;
+# what exp does to noise; and how a ratio can be free of it. A block can be hidden in only 2^B − 1
+# ways: 3 for B = 2. With a noisy copy for each, a weighted sum of the log p is the ELBO without
+# noise, and a sum over all ways to write the block is π itself.
 #
 # Where does noise come from? Say one of two tokens is certain and the other has p = 0.01, log p =
 # −4.6, whatever is visible. With the weight B/m, L̂ of this block is
@@ -410,7 +410,8 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # That is right on average. But L̂_θ and L̂_old draw masks of their own, and may differ by 9.2
 # though θ = θ_old: ρ̂ = e^9.2 = 10,000 where ρ = 1, if L̂_old hid the unlikely token alone, and
 # L̂_θ the certain one alone. (The gradient of L̂_θ for *this* block is then nearly 0. But the
-# weight counts for all blocks of the completion.) A coupled pair of §3 always gives −4.6.
+# weight counts for all blocks of the completion, and in larger blocks other tokens are hidden as
+# well.) A coupled pair of §3 always gives −4.6.
 #
 # What does exp do to it? Let η be the noise of the difference L̂_θ − L̂_old: log ρ̂ = log ρ + η, so
 # ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation σ, then E[e^η] = e^(σ²/2): at σ = 2
@@ -428,14 +429,14 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 #
 # What lowers it? K independent copies lower σ as 1/√K. Coupled masks lower it more while B is
 # small. σ grows with B and with the length: on base policies of four tasks, with B from 2 to 8 and
-# L from 4 to 16, it is roughly 0.6·B^0.7·L^0.5 nats for K = 1. The other error of L̂, the *gap* log
-# π − ELBO, hardly moves in a few updates, and so cancels in the ratio.
+# L from 4 to 16, it is roughly 0.56·B^0.67·L^0.52 nats for K = 1. The other error of L̂, the *gap*
+# log π − ELBO, hardly moves in a few updates, and so cancels in the ratio.
 #
 # Why not simply share the masks? If L̂_θ uses the masks of L̂_old again (--shared_masks), the two
 # errors nearly cancel, and nothing in the algorithm forbids it. The paper draws anew. Sharing has a
 # price: all μ updates of a batch see the same K masks, so their gradients average over fewer masks,
 # and each gradient is as noisy as before. And it cannot always be done: an old likelihood that
-# another program computed, such as an inference engine, comes without its masks.
+# another program has computed, an inference engine for example, comes without its masks.
 #
 # Is there a ratio without noise? The sampler draws a completion y *and* the order o in which to
 # write it. The probability of the pair is a product over the steps: p(token | what was visible
@@ -513,9 +514,10 @@ ESTIMATORS = {
 # GRPO leaves one case without a bound, and StableDRL bounds it with two lines. A GPT has a ratio
 # per token. Here there is one per completion, with the noise of all its tokens. Why not one per
 # token? Each term of L̂ is a log p times B/m. The p is a probability, that of the token given the
-# visible ones. But only the sum of all terms estimates a bound of log π. The ratio of two single
-# terms is not an importance ratio. (Those of `trajectory` do add up, to the log-probability of the
-# pair. There one ratio per token would be possible, as in a GPT.)
+# visible ones. But the terms of L̂_θ and L̂_old have masks of their own. They differ in what is
+# visible and in m, so the exp of their difference is not the ratio of two probabilities of one
+# event. (The terms of `trajectory`, §5, do belong together, and add up to the log-probability of
+# completion and order. There one ratio per token would be possible, as in a GPT.)
 #
 # GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). Let g be the gradient of L̂_θ(y) with respect to θ. As
 # L̂_old is constant, ρ̂ = exp(L̂_θ − L̂_old) has the gradient ρ̂·g. Where the min is its first
@@ -545,12 +547,12 @@ ESTIMATORS = {
 # of its A_j·g_j, so its norm is at most max_j |A_j|·‖g_j‖, whatever the ratios are. This bound
 # protects whoever does not clip the norm of the gradient. `train` does clip that norm, to 1 and
 # with any loss; it is larger than 1 nearly always. Adam, too, rescales every parameter's gradient
-# by its usual size. So here bounded weights matter for the *direction*: for which answers the mean
-# is made of. Beside seven completions of ratio 1, a noisy one has at most (1+ε)/(1+ε+7) = 6/13 of
-# its group's weight, and without line 1 it may have all. Line 2 keeps it out of the other groups.
-# (Two limits. Its share of Σ w·|A| may be larger, as |A| differs: up to 86 % here, if it is the
-# only bad one of the group. And line 1 has no lower bound if ε ≥ 1: beside seven of very small
-# ratios, one may still have most of the weight.)
+# by its usual size. So here bounded weights matter for the *direction*, that is, for which answers
+# dominate the mean. Beside seven completions of ratio 1, a noisy one has at most (1+ε)/(1+ε+7) =
+# 6/13 of its group's weight, and without line 1 it may have all. Line 2 keeps it out of the other
+# groups. (Two limits. The share that the noisy one has of Σ w·|A| may be larger, as |A| differs: up
+# to 86 % here, if it is the only bad one of the group. And line 1 has no lower bound if ε ≥ 1:
+# beside seven of very small ratios, one may still have most of the weight.)
 #
 # What does StableDRL give up? It has no 0 in its column. In GRPO, once the updates of a batch have
 # moved a completion by more than ε in the intended direction (a good one up, a bad one down), its
@@ -631,11 +633,11 @@ LOSSES = {
 # What should one watch before the reward falls? The best sign is `spread`, the standard deviation
 # of log ρ̂ at the first update of a batch. Every true ratio is 1 at that point, so whatever it
 # shows is noise. A model of any size can log it. In our runs it told *whether* GRPO would fall
-# behind, not when, nor by how much: at 2 nats it collapsed on addition with the default settings
-# (it ended below half of its base's reward), and at 3.7 nats on sudoku, with a smaller learning
-# rate, it lost a fifth. The second sign is the norm of the gradient before it is clipped. Two more
-# numbers, `noise_std` and `drift`, need exact likelihoods. So they are measured only for blocks of
-# at most MAX_EXACT_BLOCK.
+# behind what it reaches with an exact ratio, not when, nor by how much: at 2 nats it collapsed on
+# addition with the default settings (it ended below half of its base's reward), and at 3.7 nats on
+# sudoku, with a smaller learning rate, it lost a fifth. The second sign is the norm of the gradient
+# before it is clipped. Two more numbers, `noise_std` and `drift`, need exact likelihoods. So they
+# are measured only for blocks of at most MAX_EXACT_BLOCK.
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
     """log_ratio (N,) -> dict of floats, about ratios before any clipping. ratio_max: the largest
@@ -723,7 +725,7 @@ class Config:
     mu             updates per batch of completions
     max_grad_norm  the norm of the gradient is clipped to this; 1e9 means never
     log_every      updates per line of the log
-    updates        how many updates a run has when it ends
+    updates        number of updates of a run, in all
     device         cpu, cuda or mps
 
     Several values of a flag mean a run for each of their combinations.
@@ -770,7 +772,7 @@ class Config:
 LEAST = {"seed": 0, "group_size": 2}  # 2: a completion is compared with others of its group
 
 def seed_for(config, purpose):
-    """A number of 63 bits for one purpose, a string: no two purposes share one, in practice."""
+    """A seed of 63 bits, from the run's seed and a string that names the purpose."""
     return random.Random(f"{config.seed} {purpose}").getrandbits(63)
 
 def stream(config, purpose):
@@ -833,7 +835,7 @@ def train(config, base_model, folder):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     model = copy.deepcopy(base_model)
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99))  # as the release
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99))  # as the authors
     rows = restore(config, folder, model, optimizer)
     began, recent = time.perf_counter(), collections.defaultdict(list)
     # done: the updates made so far; more than 0 at the beginning if the run is resumed
@@ -849,7 +851,7 @@ def train(config, base_model, folder):
         batch, rewards = answer(model, task, texts, B, samples=G, generator=sampling)
         advantages = group_advantages(rewards, G)
 
-        # (2) L̂_old: how likely the old policy finds its answers.
+        # (2) L̂_old: estimates of log π_old for its own answers.
         masking = stream(config, f"masks {done}")
         masks = draw_masks(*mask_shape, B, masking)
         with torch.no_grad():
@@ -887,8 +889,8 @@ def train(config, base_model, folder):
     return model, rows
 
 # ==== §9  Command line ============================================================================
-# Nothing new for the reader of the paper: files, flags, processes and a figure. A flag with several
-# values means a run for each combination of values, side by side on a CPU under Linux.
+# This section adds nothing to the method: it handles files, flags, processes and a figure. A flag
+# with several values means a run for each combination of values, side by side on a CPU under Linux.
 
 MAIN_JOB = [{"loss": "grpo"}, {"loss": "grpo", "estimator": "exact"}, {"loss": "stabledrl"}]
 BASE = ("task", "seed", "block_size", "d_model", "n_layer", "n_head", "base_accuracy", "base_lr")
