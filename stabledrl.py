@@ -30,7 +30,8 @@ Why GRPO breaks on such a model:
   1. The order within a block is random, so the probability of a block is a mean over B! orders.
      Even the exact method of §5 needs 2^B − 1 copies of the completion, and a real model has
      B = 32. So instead of log π one computes a random *estimate* L̂ (§3): hide m random tokens of
-     each block, sum the log-probabilities that the model gives to them, and multiply by B/m.
+     each block (m uniform on 1..B), sum the log-probabilities that the model gives to them, and
+     multiply by B/m.
      Instead of ρ one has the estimate ρ̂ = exp(L̂_θ − L̂_old). Both L̂ draw random numbers of their
      own.
   2. exp magnifies the noise. A completion whose ρ is 1 may get a ρ̂ of 10,000 (§5).
@@ -423,7 +424,7 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 # median 1.2. The noisiest 5 % of them are above 4, and carry 40 % of the variance. As a result, the
 # largest of 256 ratios is typically 7,000 to 19,000, depending on the base. With normal noise of
 # the same σ it would be 200 to 400. And *bad answers are the noisy ones*: σ is 2.2 nats over the
-# bad answers, and 0.9 over the good ones. A wrong answer has tokens that the model found
+# wrong answers, and 0.9 over the right ones. A wrong answer has tokens that the model found
 # improbable, and an improbable token moves the estimate most, as in the example. So the noise meets
 # just the case in which GRPO has no bound.
 #
@@ -557,9 +558,10 @@ ESTIMATORS = {
 # What does StableDRL give up? It has no 0 in its column. In GRPO, once the updates of a batch have
 # moved a completion by more than ε in the intended direction (a good one up, a bad one down), its
 # weight becomes 0, and it is left alone. StableDRL goes on moving it. So ε means two things. GRPO's
-# (0.2) takes away the reason to move further: a *trust region*. StableDRL's (5 in the paper) cuts a
-# long tail. And the advantages of a group sum to 0, but Σ w·A does not. Where large weights fall on
-# bad answers, the group as a whole is pushed down a little; where they fall on good ones, up.
+# ε (0.2) takes away the reason to move further: a *trust region*. StableDRL's ε (5 in the paper)
+# cuts a long tail. And the advantages of a group sum to 0, but Σ w·A does not. Where large weights
+# fall on bad answers, the group as a whole is pushed down a little; where they fall on good ones,
+# up.
 #
 # Where every ρ̂ is 1, all losses agree: their gradient is −mean A·g. So a descent step on the loss
 # is an ascent step on the docstring's Σ A·log π, with L̂ for log π. Their *value* is 0 there: for
@@ -632,12 +634,13 @@ LOSSES = {
 # ==== §7  Diagnostics =============================================================================
 # What should one watch before the reward falls? The best sign is `spread`, the standard deviation
 # of log ρ̂ at the first update of a batch. Every true ratio is 1 at that point, so whatever it
-# shows is noise. A model of any size can log it. In our runs it told *whether* GRPO would fall
-# behind what it reaches with an exact ratio, not when, nor by how much: at 2 nats it collapsed on
-# addition with the default settings (it ended below half of its base's reward), and at 3.7 nats on
-# sudoku, with a smaller learning rate, it lost a fifth. The second sign is the norm of the gradient
-# before it is clipped. Two more numbers, `noise_std` and `drift`, need exact likelihoods. So they
-# are measured only for blocks of at most MAX_EXACT_BLOCK.
+# shows is noise. A model of any size can log it. (With shared masks, or with an estimator that
+# draws nothing, it is 0, and says nothing.) In our runs it told *whether* GRPO would fall behind
+# what it reaches with an exact ratio, not when, nor by how much: at 2 nats it collapsed on addition
+# with the default settings (it ended below half of its base's reward), and at 3.7 nats on sudoku,
+# with a smaller learning rate, it lost a fifth. The second sign is the norm of the gradient before
+# it is clipped. Two more numbers, `noise_std` and `drift`, need exact likelihoods. So they are
+# measured only for blocks of at most MAX_EXACT_BLOCK.
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
     """log_ratio (N,) -> dict of floats, about ratios before any clipping. ratio_max: the largest
@@ -695,7 +698,7 @@ def check_finite(update, loss, grad_norm, log_ratio):
 # not. With μ = 1 every ρ is 1 always: the *estimate* ρ̂ is then nothing but noise, and the right
 # thing is to leave it out (no_ratio). Of the helpers of `train`, `answer` samples completions and
 # has them judged, `restore` and `write_row` read and write files (§9), and `note` and `summary`
-# keep the log (§7).
+# keep the log (§7). Of `truths`, which need exact likelihoods, the first and the last are used.
 #
 # Prompts, samples and masks each have a random stream of their own, made from the seed and the
 # number of updates done. So with one seed all losses start from the same base and see the same
@@ -728,7 +731,8 @@ class Config:
     updates        number of updates of a run, in all
     device         cpu, cuda or mps
 
-    Several values of a flag mean a run for each of their combinations.
+    Several values of a flag mean a run for each of their combinations. Without --loss and
+    --estimator, the three policies of the main job are run.
     """
     task: str = "addition"
     seed: int = 0
@@ -835,7 +839,7 @@ def train(config, base_model, folder):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     model = copy.deepcopy(base_model)
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99))  # as the authors
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99))  # the authors'
     rows = restore(config, folder, model, optimizer)
     began, recent = time.perf_counter(), collections.defaultdict(list)
     # done: the updates made so far; more than 0 at the beginning if the run is resumed
