@@ -271,9 +271,9 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 #      written. So a random step of a random order can be drawn in a simpler way. When such a step
 #      begins, m tokens are hidden, and m is uniform on 1..B. In a random order every set of m
 #      tokens is equally likely to be the hidden one, and each of its tokens equally likely to be
-#      written next. So the mean in 2. is a mean over m, and over sets of m tokens, of (1/m)·Σ_hidden log p.
-#      (For B = 2: with probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the
-#      second alone.) Times B, and summed over blocks, this is
+#      written next. So the mean in 2. is a mean over m, and over sets of m tokens, of
+#      (1/m)·Σ_hidden log p. (For B = 2: with probability 1/2 both are hidden, with 1/4 the first
+#      alone, with 1/4 the second alone.) Times B, and summed over blocks, this is
 #   ELBO(y) = E_masks[ Σ_blocks B/m · Σ_{i hidden} log p_θ(y_i | noisy block, clean text before) ]
 # This *evidence lower bound* is at most log π_θ(y). L̂ is the mean of the bracket over K random
 # masks, and `elbo` computes it. (BD3-LM hides each token with a probability t, uniform on (0, 1),

@@ -22,7 +22,8 @@ import noise
 from experiments import EXPERIMENTS, S
 
 torch.set_num_threads(1)
-PAGE = (HERE / "README.md").read_text()
+PAGE = (HERE / "README.md").read_text(encoding="utf-8")
+README = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(autouse=True)
 def registered():
@@ -216,7 +217,7 @@ def test_tails_fit_together():
         assert variance == pytest.approx(numbers["sigma"] ** 2, rel=0.01)
 
 def test_readme_says_who_has_the_weight_of_a_first_update():
-    readme = " ".join((HERE.parents[1] / "README.md").read_text().split())
+    readme = " ".join(README.split())
     percents = []
     for shares in noise.read("shares").values():
         percents += [re.escape(noise.percent(values)) for values in shares.values()]
@@ -242,13 +243,20 @@ def test_your_own_loss_is_run_and_drawn_beside_the_kept_ones(tmp_path, monkeypat
     if importlib.util.find_spec("matplotlib"):
         assert "<!-- mine -->" in (tmp_path / "tunnel.svg").read_text()
 
+def test_good_answers_only_of_the_readme_is_that_of_the_page():
+    (source,) = re.findall(r"^def good_only.*?(?=\n\n)", README, re.S | re.M)
+    namespace = {}
+    exec(source, namespace)
+    log_ratio, advantages = drawn(1)
+    expected = S.LOSSES["all_good"][0](log_ratio, advantages, 0.0, 4)
+    assert namespace["good_only"](log_ratio, advantages, 0.0, 4) == pytest.approx(expected)
+
 def test_numbers_of_the_readme_are_those_of_the_page():
     """Every mean ± deviation. Those of the page are those of the kept lines."""
-    readme = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"\d\.\d\d ± \d\.\d\d", readme)
+    found = re.findall(r"\d\.\d\d ± \d\.\d\d", README)
     assert len(found) > 20
     for number in found:
-        assert f" {number} " in PAGE, number
+        assert number in PAGE, number
 
 def test_the_numbers_of_larger_models_are_those_of_their_logs():
     """The page against h100.jsonl: first and last reward."""
