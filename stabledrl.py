@@ -430,7 +430,7 @@ def generate(model, prompts, completion_len, block_size, temperature=1.0, order=
 #
 # What lowers it? K independent copies lower σ as 1/√K. Coupled masks lower it more while B is
 # small. σ grows with B and with the length: on base policies of four tasks, with B from 2 to 8 and
-# L from 4 to 16, it is roughly 0.56·B^0.67·L^0.52 nats for K = 1. The other error of L̂, the *gap*
+# L from 4 to 16, it is roughly 0.55·B^0.64·L^0.55 nats for K = 1. The other error of L̂, the *gap*
 # log π − ELBO, hardly moves in a few updates, and so cancels in the ratio.
 #
 # Why not simply share the masks? If L̂_θ uses the masks of L̂_old again (--shared_masks), the two

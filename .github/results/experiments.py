@@ -253,8 +253,11 @@ EXPERIMENTS = {
     "best_long": Experiment(BEST, {
         f"{n:,} updates": f"--updates {n}" for n in (600, 1200, 2400)}),
     "best_low": Experiment(BEST, {"times the base": ""}, "--updates 600 --base_accuracy 0.1"),
-    "digits": Experiment(BEST | {"dual clip": "--loss dual_clip", "GRPO": "--loss grpo"},
-                         {"K = 1: 3.2 nats": ""}, f"--updates 400 --task addition3 {SMALL}"),
+    "digits": Experiment(
+        {row: OBJECTIVES[row] for row in (
+            "GRPO", "StableDRL, ε = 5", "StableDRL, ε = 1", "no ratio (SPG)", "VESPO",
+            "good answers only")},
+        {"K = 1: 3.2 nats": ""}, f"--updates 400 --task addition3 {SMALL}"),
     "release": Experiment({"times the base": "--loss stabledrl --clip_eps 4"}, TWO_AND_EIGHT,
                           "--updates 600 --estimator mean_over_masked --copies 2 "
                           "--max_grad_norm 0.2"),
