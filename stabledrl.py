@@ -518,7 +518,8 @@ ESTIMATORS = {
 # visible ones. But the terms of L̂_θ and L̂_old have masks of their own. They differ in what is
 # visible and in m, so the exp of their difference is not the ratio of two probabilities of one
 # event. (The terms of `trajectory`, §5, do belong together, and add up to the log-probability of
-# completion and order. There one ratio per token would be possible, as in a GPT.)
+# completion and order. There one ratio per token would be possible, as in a GPT. With shared masks
+# the factor B/m remains, and tokens that are not hidden have no ratio.)
 #
 # GRPO minimises −mean min(ρ̂·A, clip(ρ̂)·A). Let g be the gradient of L̂_θ(y) with respect to θ. As
 # L̂_old is constant, ρ̂ = exp(L̂_θ − L̂_old) has the gradient ρ̂·g. Where the min is its first
@@ -637,10 +638,10 @@ LOSSES = {
 # shows is noise. A model of any size can log it. (With shared masks, or with an estimator that
 # draws nothing, it is 0, and says nothing.) In our runs it told *whether* GRPO would fall behind
 # what it reaches with an exact ratio, not when, nor by how much: at 2 nats it collapsed on addition
-# with the default settings (it ended below half of its base's reward), and at 3.7 nats on sudoku,
-# with a smaller learning rate, it lost a fifth. The second sign is the norm of the gradient before
-# it is clipped. Two more numbers, `noise_std` and `drift`, need exact likelihoods. So they are
-# measured only for blocks of at most MAX_EXACT_BLOCK.
+# with the default settings (it ended below half of its base's reward), and at 3.7 nats on sudoku
+# with B = 2 and a smaller learning rate, it ended a fifth below its base. The second sign is the
+# norm of the gradient before it is clipped. Two more numbers, `noise_std` and `drift`, need exact
+# likelihoods. So they are measured only for blocks of at most MAX_EXACT_BLOCK.
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
     """log_ratio (N,) -> dict of floats, about ratios before any clipping. ratio_max: the largest
