@@ -114,6 +114,7 @@ def register():
 # Label in tables and figures -> flags.
 
 BOTH = {"GRPO": "--loss grpo", "StableDRL": "--loss stabledrl"}
+LENGTHS = {f"{n:,} updates": f"--updates {n}" for n in (600, 1200, 2400)}
 TWO_AND_EIGHT = {"μ = 2": "--mu 2", "μ = 8": "--mu 8"}
 PAIR = "--masks coupled --copies 2"
 SUDOKU = "--task sudoku --base_accuracy 0.6 --prompts 16 --lr 3e-5"
@@ -204,8 +205,7 @@ class Experiment:
 FIVE = "0 1 2 3 4"
 EXPERIMENTS = {
     "main": Experiment(POLICIES, {"": ""}, "--updates 1200", FIVE),
-    "length": Experiment(POLICIES, {
-        f"{n:,} updates": f"--updates {n}" for n in (600, 1200, 2400)}),
+    "length": Experiment(POLICIES, LENGTHS),
     "norm": Experiment(BOTH, {"clipped to 1": "", "not clipped": "--max_grad_norm 1e9"}),
     "lr": Experiment(BOTH, {rate: f"--lr {rate}" for rate in ("5e-5", "1e-4", "2e-4", "4e-4")}),
     "blocks_addition": Experiment({
@@ -243,15 +243,13 @@ EXPERIMENTS = {
         "all good answers, pushed up": "--loss all_good"},
         {"estimated likelihood": "--estimator elbo", "exact likelihood": "--estimator exact"}),
     "sizes": Experiment(SIZES, POLICIES),
-    "slow": Experiment(BOTH, {
-        f"{n:,} updates": f"--updates {n}" for n in (600, 1200, 2400)}, "--lr 1e-5"),
+    "slow": Experiment(BOTH, LENGTHS, "--lr 1e-5"),
     "blocks": Experiment(
         {f"B = {B}": f"--block_size {B}" for B in (1, 2, 4, 8)},
         BOTH | {"GRPO, trajectory": "--loss grpo --estimator trajectory"},
         f"--updates 200 --task addition5 {SMALL}"),
     "best_rates": Experiment(BEST, {rate: f"--lr {rate}" for rate in ("5e-5", "1e-4", "2e-4")}),
-    "best_long": Experiment(BEST, {
-        f"{n:,} updates": f"--updates {n}" for n in (600, 1200, 2400)}),
+    "best_long": Experiment(BEST, LENGTHS),
     "best_low": Experiment(BEST, {"times the base": ""}, "--updates 600 --base_accuracy 0.1"),
     "digits": Experiment(
         {row: OBJECTIVES[row] for row in (

@@ -35,6 +35,9 @@ COLOURS = {
 STYLES = {"GRPO, exact ratio": "--", "GRPO, trajectory": "--"}  # else: a full line
 ONLY_IN_TABLE = ("CISPO, ε = 5", "CISPO, ε = 1", "masked ratio", "wd1")
 
+def style_of(label):
+    return {"color": COLOURS[label], "linestyle": STYLES.get(label, "-")}
+
 def panels(rows, columns, height, **options):
     """-> figure of 900 pixels' width, axes."""
     return plt.subplots(rows, columns, figsize=(9, height), layout="constrained", **options)
@@ -54,7 +57,7 @@ def draw_main_job(kept, path):
     main = EXPERIMENTS["main"]
     for policy in main.rows:
         line, *_ = lines_of(kept, main, policy, "")
-        style = {"color": COLOURS[policy], "linestyle": STYLES.get(policy, "-")}
+        style = style_of(policy)
         for axis, column in zip(axes, ("reward", "ratio_max", "grad_norm")):
             axis.plot(range(40, 1201, 40), line[column], label=policy, **style)
             axis.set_xlabel("update")
@@ -98,7 +101,7 @@ def draw_learning(panels_of, path):
         length = max(len(line["reward"]) for lines in lines_by_label.values() for line in lines)
         updates = np.arange(1, length + 1) * 40
         for label, lines in lines_by_label.items():
-            style = {"color": COLOURS[label], "linestyle": STYLES.get(label, "-")}
+            style = style_of(label)
             rewards = np.zeros((len(lines), length))
             for of_seed, line in zip(rewards, lines):
                 made = len(line["reward"])
@@ -149,7 +152,7 @@ def draw_drift(kept, path):
     columns = {"base": "on answers of the base policy", "own": "on answers of its own"}
     for axis, (column, title) in zip(axes, columns.items()):
         for policy, seeds in noise.read("drift").items():
-            style = {"color": COLOURS[policy], "linestyle": STYLES.get(policy, "-")}
+            style = style_of(policy)
             for log in seeds:
                 updates = UPDATES[: len(log[column])]
                 axis.plot(updates, log[column], linewidth=0.5, **style)

@@ -275,11 +275,12 @@ def own_loss(file, out, resume):
     draw(["tunnel"], kept, out)
 
 def draw(names, kept, folder):
+    """Into the folder: these figures, or all."""
     try:
         import figures
     except ImportError:
         return S.report("no figures: pip install matplotlib")
-    for name in names:
+    for name in names or figures.DRAW:
         figures.DRAW[name](kept, Path(folder, f"{name}.svg"))
 
 def main(argv=None):
@@ -300,8 +301,7 @@ def main(argv=None):
         measure(given.names or EXPERIMENTS, given.out)
     kept, page = read_kept(), HERE / "README.md"
     page.write_text(page_with_tables(page.read_text(), kept))
-    names = ("plot", "noise", "blocks", "sizes", "drift", "tunnel", "prices")
-    draw(names, kept, HERE.parent / "figures")
+    draw(None, kept, HERE.parent / "figures")
 
 if __name__ == "__main__":
     main()

@@ -36,10 +36,10 @@ def noise_of(name):
     """The noise of log ρ̂ in nats, at the base policies of addition."""
     return statistics.mean(read("prices")["addition"][name]["same"])
 
-def answers_of(model, config, key, prompts, generator):
+def answers_of(model, config, key, prompts, generator, split="train"):
     """A model answers prompts, eight times each -> batch, rewards."""
     task = S.TASKS[config.task]
-    texts, _ = task.sample(np.random.default_rng(key), prompts, "train")
+    texts, _ = task.sample(np.random.default_rng(key), prompts, split)
     return S.answer(model, task, texts, config.block_size, samples=8, generator=generator)
 
 @torch.no_grad()
@@ -118,8 +118,7 @@ def measure_shares(out):
             base = load_base(out, config)
             batch, rewards = answers_of(base, config, [3, seed, number], 32, generator)
             advantages = S.group_advantages(rewards, 8)
-            new, old = estimates_of(base, batch, 2, generator)
-            log_ratio = (new - old).requires_grad_()
+            log_ratio = noise_of_ratio(base, batch, 1, generator)[0].requires_grad_()
             function(log_ratio, advantages, eps, 8).backward()
             weight = log_ratio.grad.abs()  # |weight·A| / divisor
             share = weight / weight.sum()
@@ -128,19 +127,21 @@ def measure_shares(out):
         found[loss] = {"bad answers": bad, "heaviest answer": heaviest}
     write("shares", found)
 
+GROWTH = {  # task -> the cell of an experiment, B and L
+    "addition": ("blocks_addition", "addition, B = 2", "StableDRL", 2, 4),
+    "addition3": ("digits", "StableDRL, ε = 5", "K = 1: 3.2 nats", 4, 4),
+    "addition5, B = 2": ("blocks", "B = 2", "StableDRL", 2, 8),
+    "addition5, B = 4": ("blocks", "B = 4", "StableDRL", 4, 8),
+    "addition5, B = 8": ("blocks", "B = 8", "StableDRL", 8, 8),
+    "sudoku, B = 2": ("blocks_sudoku", "sudoku, B = 2", "StableDRL", 2, 16),
+    "sudoku, B = 4": ("blocks_sudoku", "sudoku, B = 4", "StableDRL", 4, 16),
+}
+
 def growth(kept):
     """Noise at the start of training, K = 1 -> task -> (B, L, mean σ over seeds), and the fit of
     σ = factor · B^b · L^l: (factor, b, l)."""
     points = {}
-    for name, row, task, B, L in (
-            ("blocks_addition", "addition, B = 2", "addition", 2, 4),
-            ("digits", "StableDRL, ε = 5", "addition3", 4, 4),
-            ("blocks", "B = 2", "addition5, B = 2", 2, 8),
-            ("blocks", "B = 4", "addition5, B = 4", 4, 8),
-            ("blocks", "B = 8", "addition5, B = 8", 8, 8),
-            ("blocks_sudoku", "sudoku, B = 2", "sudoku, B = 2", 2, 16),
-            ("blocks_sudoku", "sudoku, B = 4", "sudoku, B = 4", 4, 16)):
-        column = "StableDRL" if "blocks" in name else "K = 1: 3.2 nats"
+    for task, (name, row, column, B, L) in GROWTH.items():
         lines = lines_of(kept, EXPERIMENTS[name], row, column)
         points[task] = B, L, statistics.mean(line["spread"][0] for line in lines)
     log_B, log_L, log_sigma = np.log(list(points.values())).T
@@ -206,14 +207,12 @@ def measure_diversity(out):
 def diversity_of(out, config, trained=True):
     """500 held-out prompts, answered eight times each -> share of right answers, share of prompts
     that are solved at least once, and entropy of an answer in nats (the mean of −log π)."""
-    task, model = S.TASKS[config.task], load_base(out, config)
+    model = load_base(out, config)
     if trained:
         S.make_run(out, config)
         load_trained(out, config, model)
-    rng, generator = np.random.default_rng([6, config.seed]), S.stream(config, "diversity")
-    texts, _ = task.sample(rng, 500, "test")
-    options = {"samples": 8, "generator": generator}
-    batch, rewards = S.answer(model, task, texts, config.block_size, **options)
+    generator = S.stream(config, "diversity")
+    batch, rewards = answers_of(model, config, [6, config.seed], 500, generator, "test")
     groups = rewards.view(-1, 8)
     return shortened({
         "right": rewards.mean(),
