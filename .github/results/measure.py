@@ -249,7 +249,7 @@ def measure(names, out):
         S.report(f"{name}: {len(missing)} runs")
         kept |= make_lines(missing, out)
         keep(kept)
-    for name in ("tails", "shares", "drift", "diversity"):
+    for name in ("drift", "diversity", "tails", "shares"):  # the last two run backward here
         if not (HERE / f"{name}.json").exists():
             getattr(noise, f"measure_{name}")(out)
 
