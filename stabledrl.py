@@ -141,7 +141,9 @@ class BlockDiffusionTransformer(nn.Module):
 
     def __init__(self, vocab_size, d_model=64, n_layer=2, n_head=4):
         super().__init__()
-        assert d_model % (2 * n_head) == 0, f"d_model {d_model} is no multiple of 2*{n_head} heads"
+        assert d_model % (2 * n_head) == 0, (
+            f"d_model {d_model} is not a multiple of 2*{n_head} heads"
+        )
         self.mask_id = vocab_size - 1
         self.head_dim = d_model // n_head
         self.embed = nn.Embedding(vocab_size, d_model)
@@ -567,12 +569,6 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     return -(per_sequence / len(per_sequence)).sum()  # the mean, whose sum cannot overflow
 
 
-def clip_log_ratio(log_ratio, clip_eps):
-    """log clip(ρ̂, 1−ε, 1+ε), (N,) -> (N,), constant to autograd."""
-    log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
-    return log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))
-
-
 def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     """StableDRL: log_ratio (N,), advantages (N,) -> scalar, the mean over groups. Its negative
     gradient is, for a group,  Σ_j w_j A_j g_j / Σ_j w_j  with  w_j = clip(ρ̂_j, 1−ε, 1+ε). The
@@ -590,8 +586,9 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     it is left alone. StableDRL goes on moving it. So ε means two things: that of GRPO (0.2) is a
     *trust region*, and that of StableDRL (5) cuts a long tail."""
     check_batch(group_size, log_ratio, advantages)
-    clipped = clip_log_ratio(log_ratio, clip_eps)  # line 1: clip, whatever the sign of A
-    weights = clipped.view(-1, group_size).softmax(-1).flatten()  # line 2: w_j / Σ w
+    log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
+    clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))  # line 1: always clip
+    weights = clipped.view(-1, group_size).softmax(-1).flatten()  # line 2: w_j / Σ w, from log w
     per_sequence = weights * advantages * log_ratio
     return -per_sequence.view(-1, group_size).sum(-1).mean()
 
@@ -600,7 +597,7 @@ def clip_only_loss(log_ratio, advantages, clip_eps, group_size):
     """StableDRL without line 2: weight clip(ρ̂), divisor N. (CISPO, arXiv 2506.13585, is the same
     with bounds of its own.)"""
     check_batch(group_size, log_ratio, advantages)
-    weights = clip_log_ratio(log_ratio, clip_eps).exp()
+    weights = safe_exp(log_ratio.detach()).clamp(1 - clip_eps, 1 + clip_eps)
     return -(weights * advantages * log_ratio).mean()
 
 
@@ -1057,31 +1054,23 @@ def over_seeds(numbers, digits):
     return f"{statistics.mean(numbers):.{digits}f}{deviation}"
 
 
-def table_line(label, seeds):
-    """Of one policy: label, and (rows of the log, failed) of each seed. A run that failed counts as
-    0."""
-    rewards, accuracies, times = [], [], []
-    for rows, failed in seeds:
-        rewards.append(0 if failed else rows[-1]["reward"])
-        accuracies.append(0 if failed else rows[-1]["accuracy"])
-        times.append(rewards[-1] / (rows[0]["reward"] or math.nan))
-    rows, _ = seeds[0]
-    numbers = (
-        f"{over_seeds(rewards, 3):15} {over_seeds(accuracies, 3):15} {over_seeds(times, 2):13}"
-    )
-    return f"{label}  {numbers} {',  '.join(rows[-1]['writes'])}"
-
-
 def table(policies):
-    """Lines of text: each base policy, and behind it the policies that began from it."""
+    """Lines of text: label -> (rows of the log, failed) of each seed, behind their base policy. A
+    run that failed counts as 0."""
     width = max(map(len, ["base policy", *policies]))
     lines = [f"{'':{width}}  {'reward':15} {'accuracy':15} {'x base':13} the first seed writes"]
     for label, seeds in policies.items():
-        bases = [(rows[:1], False) for rows, _ in seeds]
-        base_line = table_line("base policy".ljust(width), bases)
-        if base_line not in lines:
-            lines.append(base_line)
-        lines.append(table_line(label.ljust(width), seeds))
+        bases, ends = [rows[0] for rows, _ in seeds], []
+        for rows, failed in seeds:
+            ends.append(rows[-1] | {"reward": 0, "accuracy": 0} if failed else rows[-1])
+        for name, of_seeds in (("base policy", bases), (label, ends)):
+            rewards = [row["reward"] for row in of_seeds]
+            accuracies = over_seeds([row["accuracy"] for row in of_seeds], 3)
+            times = [reward / (base["reward"] or math.nan) for reward, base in zip(rewards, bases)]
+            numbers = f"{over_seeds(rewards, 3):15} {accuracies:15} {over_seeds(times, 2):13}"
+            line = f"{name:{width}}  {numbers} {',  '.join(of_seeds[0]['writes'])}"
+            if line not in lines:  # a base policy stands there once
+                lines.append(line)
     return lines
 
 
