@@ -44,9 +44,11 @@ ADVERSARIAL = [
     "46..".encode().decode("utf-16-le"),
 ]  # other scripts' digits
 
+
 @pytest.fixture(params=TASKS)
 def task(request):
     return TASKS[request.param]
+
 
 def test_samples_keep_the_contract(task):
     """Lengths, alphabet, right references, disjoint splits; and one generator, one sample."""
@@ -63,25 +65,22 @@ def test_samples_keep_the_contract(task):
         )
         splits[split] = set(prompts)
     assert not splits["train"] & splits["test"]
-    assert (
-        task.prompt_len % task.block_size
-        == task.completion_len % task.block_size
-        == 0
-    )
+    assert task.prompt_len % task.block_size == task.completion_len % task.block_size == 0
+
 
 def test_text_and_tokens_are_one(task):
     prompts, _ = task.sample(np.random.default_rng(1), 100, "train")
     tokens = encode(task, prompts)
     assert decode(task, tokens) == prompts and tokens.dtype == np.int64
-    assert decode(task, [[0, len(task.vocab)]]) == [
-        task.vocab[0] + "_"
-    ], "[MASK] can be shown"
+    assert decode(task, [[0, len(task.vocab)]]) == [task.vocab[0] + "_"], "[MASK] can be shown"
     with pytest.raises(ValueError, match="not in the vocabulary"):
         encode(task, ["?"])
     with pytest.raises(ValueError, match="one length"):
         encode(task, [prompts[0], ""])
 
+
 # Oracles: is this completion right? ---------------------------------------------------------------
+
 
 def right_sum(prompt, completion):
     """An exact sum, its one spelling, and dots up to the length."""
@@ -90,9 +89,8 @@ def right_sum(prompt, completion):
     if len(completion) != length or not (digits.isascii() and digits.isdigit()):
         return False
     a, b = prompt[:-1].split("+")
-    return str(int(digits)) == digits and Fraction(a) + Fraction(b) == Fraction(
-        digits
-    )
+    return str(int(digits)) == digits and Fraction(a) + Fraction(b) == Fraction(digits)
+
 
 def right_chain(prompt, completion):
     """Six ASCII digits, of which the last two are the sum of the prompt's."""
@@ -100,11 +98,13 @@ def right_chain(prompt, completion):
         return False
     return sum(map(Fraction, prompt[:-1].split("+"))) == Fraction(completion[4:])
 
+
 OPERATORS = {
     ast.Add: Fraction.__add__,
     ast.Sub: Fraction.__sub__,
     ast.Mult: Fraction.__mul__,
 }
+
 
 def evaluated(node, numbers):
     """The value of a syntax tree of numbers and + - *; it appends the numbers to a list."""
@@ -113,6 +113,7 @@ def evaluated(node, numbers):
         return Fraction(node.value)
     left, right = evaluated(node.left, numbers), evaluated(node.right, numbers)
     return OPERATORS[type(node.op)](left, right)
+
 
 def right_countdown(prompt, completion):
     """Python's own parser, and fractions."""
@@ -128,9 +129,8 @@ def right_countdown(prompt, completion):
     ):  # no expression, a sign, a call or a tuple
         return False
     given, target = prompt.split("=")
-    return sorted(numbers) == sorted(map(int, given.split(","))) and value == int(
-        target
-    )
+    return sorted(numbers) == sorted(map(int, given.split(","))) and value == int(target)
+
 
 def right_sudoku(prompt, completion):
     """Rows, columns and boxes hold 1 to 4 each, and the givens are kept."""
@@ -143,6 +143,7 @@ def right_sudoku(prompt, completion):
     kept = all(given in (".", cell) for given, cell in zip(prompt, completion))
     return kept and all(len(set(group)) == 4 for group in groups)
 
+
 ORACLES = {
     "addition": right_sum,
     "addition3": right_sum,
@@ -151,6 +152,7 @@ ORACLES = {
     "countdown": right_countdown,
     "sudoku": right_sudoku,
 }
+
 
 def random_completions(task, references, rng, n):
     """n strings: half of them of random characters of the task, a third right answers in which one
@@ -164,19 +166,14 @@ def random_completions(task, references, rng, n):
             rng.integers(L),
             rng.choice(letters),
         )
-        found.append(
-            (right[:place] + letter + right[place + rng.integers(2) :])[:L]
-        )
-    strange = np.array(
-        list(task.vocab + "()*/-eE_ \n\t\0²½٣४𝟒é−÷×[]{}'\"\\" + "9" * 10)
-    )
+        found.append((right[:place] + letter + right[place + rng.integers(2) :])[:L])
+    strange = np.array(list(task.vocab + "()*/-eE_ \n\t\0²½٣४𝟒é−÷×[]{}'\"\\" + "9" * 10))
     while len(found) < n:
         found.append("".join(rng.choice(strange, size=rng.integers(1, 12))))
     return found
 
-@pytest.mark.parametrize(
-    "n", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)]
-)
+
+@pytest.mark.parametrize("n", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_no_completion_fools_or_stops_the_judge(task, n):
     """No exception, reward 1 for just what the oracle calls right, and no call above 50 ms. (A
     judge that hangs takes seconds.)"""
@@ -194,6 +191,7 @@ def test_no_completion_fools_or_stops_the_judge(task, n):
         rewarded += reward == 1.0
     assert rewarded >= 10
 
+
 def test_strange_prompts_and_completions_earn_nothing(task):
     prompts, references = task.sample(np.random.default_rng(1), 1, "train")
     for prompt, completion in itertools.product(ADVERSARIAL + prompts, ADVERSARIAL):
@@ -201,7 +199,9 @@ def test_strange_prompts_and_completions_earn_nothing(task):
     for prompt in ADVERSARIAL:
         assert task.reward(prompt, references[0]) == 0.0
 
+
 # Task by task -------------------------------------------------------------------------------------
+
 
 def test_addition_rewards_the_sum_and_nothing_else():
     """All 10,000 prompts have their sum. Of all 13^4 completions of one prompt, one is right."""
@@ -211,6 +211,7 @@ def test_addition_rewards_the_sum_and_nothing_else():
         assert reward(f"{a:02d}+{b:02d}=", f"{a + b + 1}...."[:4]) == 0.0
     completions = map("".join, itertools.product(TASKS["addition"].vocab, repeat=4))
     assert [text for text in completions if reward("57+67=", text)] == ["124."]
+
 
 @pytest.mark.parametrize("name", ["addition", "addition3", "addition5"])
 def test_a_pair_is_held_out_in_both_orders(name):
@@ -222,6 +223,7 @@ def test_a_pair_is_held_out_in_both_orders(name):
         pairs[split] = {tuple(sorted(prompt[:-1].split("+"))) for prompt in prompts}
     assert not pairs["train"] & pairs["test"]
     assert name != "addition" or len(pairs["test"]) == 505
+
 
 def test_chain_looks_at_the_end_alone():
     reward, multisets = TASKS["chain"].reward, {}
@@ -235,6 +237,7 @@ def test_chain_looks_at_the_end_alone():
     assert not multisets["train"] & multisets["test"]
     assert sum(map(len, multisets.values())) == math.comb(13, 4)
 
+
 def balanced(text):
     depth = 0
     for character in text:
@@ -243,6 +246,7 @@ def balanced(text):
             return False
     return depth == 0
 
+
 def test_countdown_rewards_every_right_expression_and_a_little_what_is_well_formed():
     """All strings of 5 from the characters that matter. Well formed is what Python's parser takes
     for sums and products of numbers without a sign or a zero in front."""
@@ -250,13 +254,12 @@ def test_countdown_rewards_every_right_expression_and_a_little_what_is_well_form
     rewarded = []
     for text in map("".join, itertools.product("302+-*()", repeat=5)):
         value = reward("3,2,2=12", text + "...")
-        well_formed = re.fullmatch(f"{number}([-+*]{number})*", text) and balanced(
-            text
-        )
+        well_formed = re.fullmatch(f"{number}([-+*]{number})*", text) and balanced(text)
         assert (value > 0) == bool(well_formed)
         if value == 1.0:
             rewarded.append(text)
     assert rewarded == ["3*2*2", "2*3*2", "2*2*3"]
+
 
 COUNTDOWN = {
     "(3+8)*2.": 1.0,
@@ -272,16 +275,16 @@ COUNTDOWN = {
     ".3+8*2..": 0.0,
 }
 
+
 def test_countdown_by_hand_and_its_split():
     for text, value in COUNTDOWN.items():
         assert TASKS["countdown"].reward("3,8,2=22", text) == value
     problems = {}
     for split in ("train", "test"):
-        prompts, _ = TASKS["countdown"].sample(
-            np.random.default_rng(0), 30_000, split
-        )
+        prompts, _ = TASKS["countdown"].sample(np.random.default_rng(0), 30_000, split)
         problems[split] = {(*sorted(prompt[:5]), prompt[6:]) for prompt in prompts}
     assert not problems["train"] & problems["test"] and len(problems["test"]) == 300
+
 
 def filled(cells):
     """All 4×4 grids that begin with these cells, found cell by cell."""
@@ -297,37 +300,24 @@ def filled(cells):
         found += filled(cells + digit)
     return found
 
+
 def test_sudoku_has_288_grids_a_split_by_grid_and_one_solution_each():
     task, grids, solutions = TASKS["sudoku"], filled(""), {}
     for split in ("train", "test"):
-        solutions[split] = set(
-            task.sample(np.random.default_rng(0), 9_000, split)[1]
-        )
-    assert len(grids) == 288 and solutions["train"] | solutions["test"] == set(
-        grids
-    )
-    assert (
-        not solutions["train"] & solutions["test"] and len(solutions["test"]) == 28
-    )
-    for puzzle, solution in zip(
-        *task.sample(np.random.default_rng(1), 300, "test")
-    ):
+        solutions[split] = set(task.sample(np.random.default_rng(0), 9_000, split)[1])
+    assert len(grids) == 288 and solutions["train"] | solutions["test"] == set(grids)
+    assert not solutions["train"] & solutions["test"] and len(solutions["test"]) == 28
+    for puzzle, solution in zip(*task.sample(np.random.default_rng(1), 300, "test")):
         pattern = re.compile(puzzle)  # a dot fits every digit
         assert [grid for grid in grids if pattern.fullmatch(grid)] == [solution]
         assert puzzle.count(".") == 4
 
+
 def test_sudoku_rewards_right_cells_and_punishes_overwritten_givens():
-    (puzzle,), (solution,) = TASKS["sudoku"].sample(
-        np.random.default_rng(1), 1, "test"
-    )
+    (puzzle,), (solution,) = TASKS["sudoku"].sample(np.random.default_rng(1), 1, "test")
     reward = TASKS["sudoku"].reward
     for place, given in enumerate(puzzle):
         wrong = str(int(solution[place]) % 4 + 1)
         changed = solution[:place] + wrong + solution[place + 1 :]
         assert reward(puzzle, changed) == (3 / 4 if given == "." else 4 / 5)
-    assert (
-        reward(puzzle, puzzle)
-        == reward("." * 16, solution)
-        == reward(solution, solution)
-        == 0
-    )
+    assert reward(puzzle, puzzle) == reward("." * 16, solution) == reward(solution, solution) == 0
