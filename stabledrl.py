@@ -2,46 +2,52 @@
 noise on which GRPO collapses.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
-2603.06743. A diffusion language model fills in blanks, in any order. The toy tasks here have blocks
-of blanks so short that the exact probability of a completion can be computed. So the noise of its
-estimates can be measured, and switched off.
+2603.06743. A diffusion language model is a transformer that is shown a text with some tokens
+replaced by [MASK], and predicts them. It writes by filling in [MASK]s: block after block from left
+to right, and within a block in any order. The probability of what it wrote can only be estimated,
+with a random error. Blocks in the toy tasks here are so short that it can also be computed. So the
+error can be measured, and removed.
 
-How rewards train a model. The model, seen as a writer of completions, is a *policy* π_θ with
-weights θ. It completes each prompt G times; these G completions are a *group*. A judge gives each a
-reward. Its *advantage* A says how much better it did than its group: it is *good* if A > 0, and
-*bad* if A < 0. Gradient ascent on Σ A·log π_θ(completion) raises the expected reward as long as π_θ
-is the policy that wrote the completions, π_old. (This is REINFORCE: the gradient of E[reward] is
-E[reward·∇log π_θ], and since E[∇log π_θ] = 0 a number that does not depend on the completion may be
-subtracted from the reward.) After one step π_θ is another policy. To use the completions for μ
-steps, PPO and GRPO weigh them by the *importance ratio* ρ = π_θ/π_old. The reason is importance
-sampling: E_old[ρ·f] = E_θ[f] for any f, so weighted samples of the old policy average like samples
-of the new one. With f = A·∇log π_θ this is the gradient above. At the first step every ρ is 1.
+How rewards train a model. As a distribution over completions, the model is a *policy* π_θ with
+weights θ. It completes each prompt G times; these G completions are a *group*. A judge gives each
+completion a reward. Its *advantage* A is that reward minus the mean of its group, in standard
+deviations of the group. It is a *good* completion if A > 0, and a *bad* one if A < 0. Gradient
+ascent on Σ A·log π_θ(completion) raises the expected reward as long as π_θ is the policy that wrote
+the completions, π_old. This is REINFORCE: the gradient of E[reward] is E[reward·∇log π_θ]. A number
+that does not depend on the completion may be subtracted from the reward, since E[∇log π_θ] = 0.
+
+After one optimiser step (an *update*) π_θ is another policy. To use the completions for μ updates,
+PPO and GRPO weight them by the *importance ratio* ρ = π_θ/π_old. The reason is importance sampling:
+E_old[ρ·f] = E_θ[f] for any f, so weighted samples of the old policy average like samples of the new
+one. So E_old[ρ·A·∇log π_θ] is the gradient of the expected reward again; it is also ∇E_old[ρ·A],
+since ∇ρ = ρ·∇log π_θ. At the first update every ρ is 1.
 
 Why GRPO breaks on such a model:
-  1. A block can be written in many orders, so its probability is a mean over orders. That is too
-     much to compute for a real model, with blocks of 32 tokens or more. So log π is *estimated*,
-     with random numbers (§3), and instead of ρ one has ρ̂ = exp(log π̂_θ − log π̂_old).
+  1. A block can be written in many orders. Its probability is the mean over all orders of the
+     product of the probabilities of its tokens. That is too much to compute for a real model, with
+     blocks of 32 tokens or more. So log π is *estimated*, with random numbers (§3), and instead of
+     ρ one has ρ̂ = exp(log π̂_θ − log π̂_old).
   2. exp magnifies noise: a completion whose ρ is 1 may get a ρ̂ of 10,000 (§4).
-  3. GRPO bounds the weight of a completion only where that lowers its objective (§5). With ρ̂ =
-     10,000 a good completion gets weight 0, and a bad one weight 10,000.
+  3. GRPO maximises min(ρ̂·A, clip(ρ̂)·A), so the clip counts only where it makes the objective
+     smaller (§5). With ρ̂ = 10,000 a good completion gets weight 0, and a bad one weight 10,000.
   4. So nearly all of an update pushes a few bad completions down, those with the most noise.
   5. Pushing up stops by itself, as the gradient of log p with respect to the logits vanishes for
-     p → 1. It does not vanish for p → 0, so pushing down never stops. And all completions share θ,
-     so each push also moves the good ones.
+     p → 1. It does not vanish for p → 0: nothing in the gradient slows a push down. And all
+     completions share θ, so the good ones lose probability as well, and the reward falls.
 StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum.
 
-The sections, each answering the question that the one before leaves open:
-  §1 Transformer    what reads?                   §5 Losses         what GRPO and StableDRL make of it
-  §2 Sampler        how does it write?            §6 Training       how does it all run?
-  §3 Estimate       how likely is what it wrote?  §7 Command line   files, flags, processes, figure
-  §4 Noise          how wrong is that estimate?
-Whoever has fifteen minutes reads this page, §5, and `one_batch` in §6.
+The sections:
+  §1 Transformer    what is the model?            §5 Losses         what do GRPO and StableDRL do
+  §2 Sampler        how does it write?                              with the estimate?
+  §3 Estimate       how likely is what it wrote?  §6 Training       how does it all run?
+  §4 Noise          how wrong is that estimate?   §7 Command line   files, flags, processes, figure
+If you have half an hour, read this page, §5, and `one_batch` in §6.
 
 Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
-  q       prompts      (M, P)     M prompts of P tokens; in the toy task of addition, "12+34="
-  y       completions  (N, L)     N = M·G, of L tokens, "46.."; rows i·G .. i·G+G−1 are the group of
-                                  prompt i
+  q       prompts      (M, P)     M prompts of P tokens each; in the task of addition, "12+34="
+  y       completions  (N, L)     N = M·G, of L tokens each, "46.." ("." fills it up); rows i·G ..
+                                  i·G+G−1 are the group of prompt i
   B       block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
   G       group_size              completions per prompt
   K       copies                  copies of y with hidden tokens ("noisy copies") per estimate
@@ -52,7 +58,7 @@ Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
   log ρ̂   log_ratio    (N,)       log π̂_θ − log π̂_old: one number per completion
   A       advantages   (N,)       reward relative to the group
   ε       clip_eps                ratios are clipped to [1−ε, 1+ε]
-  μ       mu                      optimiser steps ("updates") that use one batch of completions
+  μ       mu                      updates that use one batch of completions
 """
 
 import argparse
@@ -88,19 +94,19 @@ from tqdm import tqdm
 from toy_tasks import TASKS, decode, encode
 
 # ==== §1  Transformer =============================================================================
-# What reads? An ordinary transformer that is told by an attention mask who may look at whom. Under
-# a causal mask, and with targets shifted by one, it would be a GPT. Three details matter later:
+# What is the model? An ordinary transformer that is told by an attention mask who may look at whom.
+# Under a causal mask, and with targets shifted by one, it would be a GPT. Three details matter:
 #   * Positions are an argument, so a noisy copy can use the positions of its original (§3).
-#   * [MASK] can be an input but never a prediction.
+#   * [MASK] can be an input but never a prediction, so the sampler cannot write it.
 #   * `read` returns the keys and values of what it has read, the *cache*. A later `read` goes on
 #     from there, so finished text is read once.
-# In shapes, S is the number of tokens read now, and T is S plus the cached tokens before them. H is
-# the number of heads, D the features of a head.
+# In shapes, S tokens are read now, and T − S tokens before them are in the cache. H is the number of
+# heads, D the features of a head.
 
 
 def rotate(x, rotation):
     """Rotary position embedding (Su et al. 2021), (..,S,D) -> (..,S,D). Pairs of features are
-    complex numbers; rotation (S,D/2) turns them by angles that grow with the position."""
+    complex numbers; rotation (S,D/2) turns pair d by the angle position·10,000^(−2d/D)."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # (.., S, D/2)
     return torch.view_as_real(pairs * rotation).flatten(-2)
 
@@ -127,7 +133,7 @@ class Layer(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
         keys_values = torch.stack((rotate(k, rotation), v))  # (2, N, H, S, D)
         if cache is not None:
-            samples = len(x) // cache.shape[1]  # rows of x per cached text: N/M, or 1
+            samples = len(x) // cache.shape[1]  # a prompt is cached once for N/M completions
             cache = cache.repeat_interleave(samples, dim=1)  # (2, N, H, T−S, D)
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
         y = F.scaled_dot_product_attention(rotate(q, rotation), *keys_values, attn_mask=mask)
@@ -136,12 +142,13 @@ class Layer(nn.Module):
 
 
 class BlockDiffusionTransformer(nn.Module):
-    """Predicts every token at its own place (no shift by one) from whatever the mask lets it see.
-    vocab_size counts [MASK], the last id."""
+    """Predicts every token at its own place (no shift by one) from whatever the mask lets it see. A
+    visible token sees itself, so only predictions at [MASK] mean anything. vocab_size counts
+    [MASK], the last id."""
 
     def __init__(self, vocab_size, d_model=64, n_layer=2, n_head=4):
         super().__init__()
-        assert d_model % (2 * n_head) == 0, (
+        assert d_model % (2 * n_head) == 0, (  # `rotate` wants an even number of features per head
             f"d_model {d_model} is not a multiple of 2*{n_head} heads"
         )
         self.mask_id = vocab_size - 1
@@ -150,7 +157,7 @@ class BlockDiffusionTransformer(nn.Module):
         self.layers = nn.ModuleList(Layer(d_model, n_head) for _ in range(n_layer))
         self.norm = nn.LayerNorm(d_model, bias=False)
         self.head = nn.Linear(d_model, vocab_size - 1, bias=False)  # no row for [MASK]
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=0.02)  # as in GPT-2
 
     def forward(self, tokens, positions, mask):
         """tokens (N,S) long, positions (S,) long, mask (S,S) bool, True where the row may look at
@@ -158,8 +165,9 @@ class BlockDiffusionTransformer(nn.Module):
         return self.read(tokens, positions, mask)[0]
 
     def read(self, tokens, positions, mask, cache=None):
-        """Read tokens that follow a cached text -> logits (N,S,vocab_size), and the new cache. mask
-        (S,T); cache: what an earlier `read` returned, or None if no text stands before."""
+        """Read tokens that follow a cached text -> logits (N,S,vocab_size), and the new cache, a list
+        of one tensor per layer. mask (S,T); cache: what an earlier `read` returned, or None if no
+        text stands before."""
         exponents = torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim
         rotation = torch.exp(1j * positions[:, None] * 10_000.0**-exponents)  # (S, D/2)
         x = self.embed(tokens)  # (N, S, d_model)
@@ -168,7 +176,7 @@ class BlockDiffusionTransformer(nn.Module):
             x, keys_values = layer(x, rotation, mask, cache[i] if cache else None)
             new_cache.append(keys_values)
         logits = self.head(self.norm(x))
-        return F.pad(logits, (0, 1), value=-math.inf), new_cache
+        return F.pad(logits, (0, 1), value=-math.inf), new_cache  # column = token id
 
 
 def block_causal_mask(length, block_size, device=None):
@@ -184,9 +192,8 @@ def block_causal_mask(length, block_size, device=None):
 
 
 def check_lengths(block_size, *lengths):
-    """AssertionError unless all are multiples of block_size. Blocks are counted from the first token
-    of the prompt. If a prompt ended within a block, that block would also hold the first tokens of
-    the completion, and the blocks that are scored would not be those that were written."""
+    """AssertionError unless all are multiples of block_size. The sampler begins a block behind the
+    prompt, and the masks count blocks from its first token. They agree only if B divides P."""
     for length in lengths:
         assert length % block_size == 0, (
             f"lengths {lengths} must be multiples of block_size {block_size}"
@@ -194,22 +201,22 @@ def check_lengths(block_size, *lengths):
 
 
 # ==== §2  Sampler =================================================================================
-# How does it write? Block after block, left to right. A block begins as B times [MASK]. Each step
-# reads the block, chooses one masked place, and writes a token there:
+# How does it write? Block after block, left to right. A block begins as B [MASK]s. Each step reads
+# the block, chooses one masked place, and writes a token there:
 #   * *Where* is chosen at random (order="random").
 #   * *What* is drawn from the model's prediction for that place.
-# So π(block) is a plain mean over the B! orders of the product of these predictions. RL trains this
-# policy, and `reward` in the log is its reward. With B = 1 there is one order, and the model
-# factorises like a GPT.
+# So π(block) is the mean over the B! orders of ∏ over the steps of p(the token that was written). RL
+# trains this policy, and `reward` in the log is its reward. With B = 1 there is one order, and the
+# model factorises like a GPT.
 #
 # Real models mostly write where they are surest (order="confidence"), since their completions are
-# then better. That is another policy, to which §3 and §4 do not apply: the order follows from θ,
-# and changes while θ moves. Here it serves for evaluation, with the likeliest token at each place:
-# this is `accuracy` in the log.
+# then better. That is another policy, whose probabilities are not this mean: the order follows from
+# θ, and changes while θ moves. §3 and §4 do not describe it. Here it serves for evaluation, with the
+# likeliest token at each place: this is `accuracy` in the log.
 #
-# What is read at each step, for B = 2: right of the bar. Left of it: cached. _ is [MASK].
+# For B = 2 each step reads what stands right of the bar. The rest is cached. _ is [MASK].
 #     |12+34=      12+34=|__   12+34=|4_   12+34=|46      12+34=46|__   12+34=46|_.
-# The first and the fourth only fill the cache.
+# The first and the fourth reading only fill the cache.
 
 
 @torch.no_grad()
@@ -224,10 +231,10 @@ def generate(
     samples=1,
     return_steps=False,
 ):
-    """Complete prompts (M,P), each `samples` times in a row -> (N,L) long, N = M·samples; with
-    return_steps also (N,L) long, the step of its block, 0..B−1, at which a token was written.
-    temperature divides the logits; 0 takes the likeliest token. FloatingPointError for logits that
-    are not finite."""
+    """Complete prompts (M,P), each `samples` times -> (N,L) long, N = M·samples; with return_steps
+    also the steps (N,L) long. Rows i·samples .. belong to prompt i. temperature divides the logits;
+    0 takes the likeliest token. (§3 and §4 score temperature 1.) FloatingPointError for logits that
+    are NaN or +∞."""
     prompts = torch.as_tensor(prompts)
     (M, P), L, B, device = prompts.shape, completion_len, block_size, prompts.device
     check_lengths(B, P, L)
@@ -241,37 +248,37 @@ def generate(
     _, cache = model.read(prompts, positions[:P], mask[:P, :P])
     for begin in range(P, P + L, B):
         end = begin + B
-        block_positions, block_mask = positions[begin:end], mask[begin:end, :end]
-        places = slice(begin - P, end - P)
-        block = completions[:, places]  # (N, B), a view: writing here writes there
-        uniform = torch.rand(block.shape, generator=generator, device=device)  # (N, B)
+        block_positions, block_mask = positions[begin:end], mask[begin:end, :end]  # all True
+        columns = slice(begin - P, end - P)
+        block = completions[:, columns]  # (N, B), a view: writing here writes there
+        uniform = torch.rand(block.shape, generator=generator, device=device)  # its rank: the order
         for step in range(B):
             logits, _ = model.read(block, block_positions, block_mask, cache)  # (N, B, vocab)
             priority = uniform if order == "random" else logits.softmax(-1).amax(-1)  # (N, B)
-            priority = priority.masked_fill(block != model.mask_id, -1)  # what is written stays
+            priority = priority.masked_fill(block != model.mask_id, -1)  # not again
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
             logits = logits.take_along_dim(place[:, :, None], dim=1)[:, 0]  # (N, vocab)
-            if not logits.logsumexp(-1).isfinite().all():
+            if not logits.logsumexp(-1).isfinite().all():  # that of [MASK] is −∞
                 raise FloatingPointError("the model's logits are not finite")
             token = logits.argmax(-1, keepdim=True)  # (N, 1)
             if temperature > 0:
                 p = (logits / temperature).softmax(-1)  # (N, vocab)
                 token = torch.multinomial(p, 1, generator=generator)
             block.scatter_(1, place, token)
-            steps[:, places].scatter_(1, place, step)
-        if end < P + L:
+            steps[:, columns].scatter_(1, place, step)
+        if end < P + L:  # nobody reads on after the last block
             _, cache = model.read(block, block_positions, block_mask, cache)
     return (completions, steps) if return_steps else completions
 
 
 # ==== §3  Estimate ================================================================================
-# How likely is what it wrote? The *forward process* of diffusion destroys a text, which here means
-# that it hides tokens: in every block it draws a count m uniformly from 1..B, and puts [MASK] in
-# place of m random tokens. The model predicts them. A weighted sum of the log-probabilities that it
-# gives to them estimates log π(completion): see `elbo`. Pretraining maximises this estimate, and RL
-# uses it as log π̂.
+# How likely is what it wrote? Hide tokens, and ask for them. In every block draw a count m uniformly
+# from 1..B, and put [MASK] in place of m random tokens. (This is the *forward process* of diffusion:
+# it destroys a text.) The log-probabilities that the model gives to them, times B/m and summed,
+# estimate log π(completion): see `elbo`. Pretraining maximises this estimate, and RL uses it as
+# log π̂.
 #
-# One pass scores all blocks. Each is to be read with the true text before it, and without a look at
+# One pass scores all blocks. Each must be predicted from the true text before it, without a look at
 # the tokens that are hidden from it. So the model reads the completion clean (nothing hidden), and
 # beside it K noisy copies, each with other tokens hidden, under the *staircase* mask: a noisy token
 # may look at its own noisy block, and at clean blocks *strictly before* its own. Predictions are
@@ -297,9 +304,9 @@ def staircase_positions(prompt_len, completion_len, copies=1, device=None):
 
 def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None):
     """(S,S) bool, True = the row may look at the column, for [prompt | clean completion | noisy
-    copy 1 | .. | noisy copy K], S = P + L + K·L. Source: the paper's staircase attention, with the
-    algebra of BD3-LM's mask (Arriola et al. 2025) and a prompt that is never noisy. The prompt is
-    read block by block, like all clean text. For P = 4, L = 4, B = 2, K = 2:
+    copy 1 | .. | noisy copy K], S = P + L + K·L. Source: the paper's staircase attention; its three
+    parts are those of BD3-LM's mask (Arriola et al. 2025), here with a prompt that is never noisy.
+    Clean text, the prompt included, is under the block-causal mask. For P = 4, L = 4, B = 2, K = 2:
                   prompt    clean     copy 1    copy 2
         prompt    # # . .   . . . .   . . . .   . . . .
                   # # . .   . . . .   . . . .   . . . .
@@ -322,12 +329,11 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     check_lengths(block_size, P, L)
     block = staircase_positions(P, L, copies, device) // block_size  # (S,) 0, 1, ..
     index = torch.arange(len(block), device=device)  # (S,)
-    # (S,) k for noisy copy k; 0 for the clean completion and (negative before the clamp) the prompt
-    copy_of = ((index - P) // L).clamp(min=0)
+    copy_of = ((index - P) // L).clamp(min=0)  # (S,) k in noisy copy k, 0 in all clean text
     from_block, to_block = block[:, None], block[None, :]
     from_copy, to_copy = copy_of[:, None], copy_of[None, :]
     clean_to_clean = (from_copy == 0) & (to_copy == 0) & (from_block >= to_block)
-    noisy_to_clean = (from_copy > 0) & (to_copy == 0) & (from_block > to_block)  # must be >
+    noisy_to_clean = (from_copy > 0) & (to_copy == 0) & (from_block > to_block)  # >= would leak
     noisy_to_own_block = (from_copy > 0) & (from_copy == to_copy) & (from_block == to_block)
     return clean_to_clean | noisy_to_clean | noisy_to_own_block
 
@@ -335,9 +341,10 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
 def token_log_probs(model, prompts, completions, block_size, masks):
     """log p(y_i | its noisy block, the clean text before it) at every place i of every copy:
     prompts (M,P), completions (N,L), masks (N,K,L) bool -> (N,K,L). Where y_i is visible the value
-    means nothing: callers must leave it out. Each prompt is read once, under the first P rows of
-    `staircase_mask`, for all of its N/M completions. Then one pass under the other rows reads
-    [completion | K noisy copies], (K+1)·L tokens."""
+    means nothing: callers must leave it out.
+
+    Each prompt is read once for all of its N/M completions, under the first P rows of
+    `staircase_mask`. Then one pass under the other rows reads [completion | K noisy copies]."""
     (N, K, L), P = masks.shape, prompts.shape[1]
     mask = staircase_mask(P, L, block_size, K, prompts.device)  # (S, S), S = P + L + K·L
     positions = staircase_positions(P, L, K, prompts.device)  # (S,)
@@ -352,24 +359,25 @@ def token_log_probs(model, prompts, completions, block_size, masks):
 
 def elbo(model, prompts, completions, block_size, masks, steps=None):
     """log π̂ in nats (N,): the mean over K copies of Σ_blocks B/m · Σ_{i hidden} log p(y_i). Every
-    block of every copy must hide a token. (`steps` is not used: all estimators have one signature.)
+    block of every copy must hide a token, as m divides. (All estimators have these arguments, used
+    or not.)
 
-    Why is that an estimate of log π? One block is enough for the argument, since log π of a
-    completion is the sum over its blocks.
+    It is an unbiased estimate of a lower bound of log π. One block is enough for the argument,
+    since log π of a completion is the sum over its blocks.
       1. The sampler writes the B tokens one per step, in random order:
              π(block) = mean over all B! orders of  ∏ over the B steps of  p(token | what is visible)
       2. The log of a mean is at least the mean of the logs (Jensen's inequality):
              log π(block) ≥ mean over orders of  Σ over steps of  log p
                           = B · (mean of log p over a random step of a random order)
       3. A prediction depends on which tokens are visible, not on the order in which they were
-         written. So that mean needs no orders. When a random step begins, m tokens are hidden, with
+         written. So this is also a mean over sets. When a random step begins, m tokens are hidden, with
          m uniform on 1..B. In a random order every set of m tokens is equally likely to be the
          hidden one, and each of its tokens equally likely to be written next. So the mean in 2. is
          a mean over m, and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with
          probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it. (BD3-LM hides each token with a probability t, uniform on (0, 1),
-    and divides by t. Its mean is this ELBO.)"""
+    and divides by t. Its mean is the same ELBO: ∫ t^(m−1)·(1−t)^(B−m) dt = 1/(m·C(B,m)).)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     blocks = (-1, block_size)
     log_p, hidden = log_p.unflatten(-1, blocks), masks.unflatten(-1, blocks)  # (N, K, L/B, B)
@@ -379,36 +387,36 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 
 
 # ==== §4  Noise ===================================================================================
-# How wrong is that estimate, and how can one be rid of its noise? Say one of two tokens is certain,
-# and the other has p = 0.01, log p = −4.6, whatever is visible. With the weight B/m, log π̂ of this
-# block is
+# How wrong is that estimate, and how can its noise be removed? Take one block with B = 2. One token is
+# certain, and the other has p = 0.01, log p = −4.6, whatever is visible. Then log π̂ is
 #     −4.6 if both are hidden (m = 2: one time in two),
 #      0   if only the certain one is (m = 1: one time in four),
 #     −9.2 if only the unlikely one is (m = 1: one time in four).
-# That is right on average. But log π̂_θ and log π̂_old draw masks of their own, and may differ by 9.2
-# though θ = θ_old: then ρ̂ = e^9.2 = 10,000 where ρ = 1.
+# That is right on average. But log π̂_θ and log π̂_old have different random masks, and may differ by
+# 9.2 though θ = θ_old: then ρ̂ = e^9.2 = 10,000 where ρ = 1.
 #
-# Let η be the noise of that difference: ρ̂ = ρ·e^η. If η is normal with standard deviation σ, then
-# E[e^η] = e^(σ²/2): at σ = 2 nats, as on the base policies of this file, ratios are 7 times too
-# large on average, and a few huge ones make that average. Bad completions are the noisy ones: they
-# hold the tokens that the model found improbable, and such a token moves the estimate most.
+# Let η be the noise of that difference: ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation
+# σ, then E[e^η] = e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), and e² is 7:
+# ratios are far too large on average, and a few huge ones make that average. Bad completions are the
+# noisy ones: improbable tokens move the estimate most, and most of them are wrong.
 #
 # What lowers the noise?
 #   * More copies: σ falls as 1/√K. Coupled copies (below) are better than independent ones.
 #   * Shared masks (--shared_masks): both estimates of a ratio use the same masks. Where θ = θ_old
-#     the ratio is then exactly 1, and later most of the error cancels. This takes an old estimate
-#     for each of the μ updates, and the old weights at hand. The paper draws masks anew: it has one
-#     old estimate per batch.
-#   * Another ratio: `trajectory`, below, costs B copies and draws nothing.
-#   * The exact likelihood. A block can be hidden in 2^B − 1 ways, 3 for B = 2. With a noisy copy
-#     for each, one weighted sum of the log p is the ELBO without noise, and another is log π.
+#     the ratio is then exactly 1, and later most of the error cancels. For fresh masks at each
+#     update that takes μ old estimates, made before the first update, while θ is still θ_old. The
+#     paper makes one, and draws masks anew for each new estimate.
+#   * Another ratio: `trajectory`, below, costs B copies and uses no random numbers.
+#   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
+#     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
+#     over the sets gives log π.
 
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
-    """(N,K,L) bool in pairs (DiffuCoder, arXiv 2506.20639): in each block, copy K/2 + k hides just
-    the tokens that copy k shows, so each token is hidden at least once. Where copy k hides all, its
-    partner hides all as well. In the example above a pair always gives −4.6. Each copy alone is
-    distributed as in `sample_masks`."""
+    """(N,K,L) bool in pairs (DiffuCoder, arXiv 2506.20639): in each block copy K/2 + k hides exactly
+    the tokens that copy k shows; but if copy k hides all, so does its partner. So each token is
+    hidden at least once. In the example above a pair always gives −4.6. Each copy alone is
+    distributed as in `sample_masks`: B − m is uniform on 1..B−1 where m is."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     first = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = first.unflatten(-1, (-1, block_size))  # (N, K/2, L/B, B)
@@ -418,27 +426,28 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 
 def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
     """The log-probability (N,) if each block were written in one step from blanks, its tokens
-    independent of each other (d1, Zhao et al., arXiv 2504.12216). It has no noise, but a bias."""
+    independent of each other (d1, Zhao et al., arXiv 2504.12216). It has no noise, but a bias of
+    either sign."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, block_size, everything).sum((-2, -1))
 
 
 def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
     """log p(completion | prompt, order) in nats (N,), with the order that `generate` returned as
-    steps (N,L): the product of the probabilities with which the tokens were written. Nothing is
-    drawn, so the ratio is 1 at θ = θ_old. B copies. (TraceRL, Wang et al., arXiv 2509.06949.)
+    steps (N,L): Σ log p of each token at the step at which it was written. It uses no random
+    numbers, so the ratio is 1 at θ = θ_old. B copies. (TraceRL, Wang et al., arXiv 2509.06949.)
 
     The ratio is not ρ, but that of the pair of completion y and order o. It is a valid weight as
-    well: E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. The probability of the order, 1/B! per
-    block, does not depend on θ, so it is left out. With f = A·∇log π_θ(y,o) this is again the
-    gradient of the expected reward."""
+    well: E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o) this is again
+    the gradient of the expected reward. (The probability of the order, 1/B! per block, does not
+    depend on θ, so it is left out.)"""
     step = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
     hidden = steps[:, None] >= step  # (N, B, L): copy k is the completion as it was before step k
     log_p = token_log_probs(model, prompts, completions, block_size, hidden)  # (N, B, L)
     return log_p.take_along_dim(steps[:, None], dim=1).sum((-2, -1))  # a token at its own step
 
 
-MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies are still affordable
+MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies in one pass
 
 
 def every_pattern(model, prompts, completions, block_size):
@@ -460,7 +469,7 @@ def every_pattern(model, prompts, completions, block_size):
 def exact_elbo(model, prompts, completions, block_size, masks=None, steps=None):
     """The mean of `elbo` over all masks that `sample_masks` may draw -> (N,): no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
-    # count m has probability 1/B, then the pattern 1/C(B,m); times the ELBO's B/m: 1/(C(B,m)·m)
+    # P(m) = 1/B, and P(pattern | m) = 1/C(B,m). Times the ELBO's B/m, that is 1/(C(B,m)·m).
     weights = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
     weights = log_p.new_tensor(weights)[:, None] * patterns  # (2^B−1, B)
     return (weights[:, None] * log_p).sum((1, 2, 3))  # (2^B−1, 1, B) · (N, 2^B−1, L/B, B)
@@ -469,11 +478,11 @@ def exact_elbo(model, prompts, completions, block_size, masks=None, steps=None):
 def exact_log_likelihood(model, prompts, completions, block_size, masks=None, steps=None):
     """log π(completion | prompt) in nats (N,), of `generate` with order="random" and temperature=1.
     Per block, reach[h] is the probability that the sampler gets to the state in which exactly the
-    set h is hidden, and the rest is right. It comes from a state in which one more place i was
-    hidden: it chose i, one of |h∪i| places, and wrote y_i there. So
-        reach[h] = Σ_{i not in h} reach[h∪i] / |h∪i| · p(y_i while h∪i is hidden)
-    For B = 2: π = ½ p(a) p(b|a) + ½ p(b) p(a|b). For B = 6 these are 192 terms, and there are 720
-    orders, of 6 factors each."""
+    set h is hidden, and the rest is right. In the state before, one more place i was hidden. The
+    sampler chose it with probability 1/|h∪{i}|, and wrote y_i there. So
+        reach[h] = Σ_{i not in h} reach[h∪{i}] / |h∪{i}| · p(y_i while h∪{i} is hidden)
+    For B = 2: π = ½ p(a) p(b|a) + ½ p(b) p(a|b). For B = 6 these are 6·2⁵ = 192 terms, in place of
+    720 orders with 6 factors each."""
     _, log_p = every_pattern(model, prompts, completions, block_size)  # (N, 2^B−1, L/B, B)
     everything = 2**block_size - 1  # sets are integers: place i is hidden if bit i is 1
     log_reach = {everything: torch.zeros_like(log_p[:, 0, :, 0])}  # (N, L/B) each
@@ -501,41 +510,44 @@ ESTIMATORS = {
 }
 
 # ==== §5  Losses ==================================================================================
-# What do GRPO and StableDRL make of it? Let g be the gradient of log π̂_θ(y) with respect to θ. All
-# losses here have the gradient −Σ weight·A·g / divisor, and differ in weight and divisor:
+# What do GRPO and StableDRL do with the estimate? Let g be the gradient of log π̂_θ(y) with respect
+# to θ. All losses here have the gradient −Σ weight·A·g / divisor, a sum over N completions:
 #     weight        GRPO, A > 0    GRPO, A < 0           StableDRL, any A
 #     ρ̂ < 1−ε       ρ̂              0                     1−ε (cannot happen if ε ≥ 1)
 #     in between    ρ̂              ρ̂                     ρ̂
 #     ρ̂ > 1+ε       0              ρ̂, however large      1+ε
-#     divisor       N              N                     Σ of the group's weights · number of groups
-# GRPO leaves one case without a bound, the *open case*: a bad completion with a large ratio. With
-# an exact ratio that is right, since a bad completion that has become likelier must be pulled back
-# hard. With an estimate, ρ̂ = 1,000 mostly says that the noise was 6.9 nats.
+#     divisor       N              N                     M · Σ of the weights of its group
+# GRPO leaves one case without a bound, the *open case*: a bad completion with a large ratio. Its
+# reason is that a bad completion that has become likelier must be pulled back hard, and with an
+# exact ratio that is sound. With an estimate, ρ̂ = 1,000 mostly says that the noise was 6.9 nats.
 #
 # Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g, so that a descent step raises
-# Σ A·log π̂. Their *value* is 0 there, since Σ A = 0 or log ρ̂ = 0. That is no bug: the value of these
-# losses means nothing, and only their gradient is used.
+# Σ A·log π̂. Their *value* is 0 there: GRPO's since Σ A = 0, the others' since log ρ̂ = 0. That is no
+# bug. The value of these losses means nothing, and only their gradient is used.
 #
 # Why not a ratio per token, as in a GPT? A term of log π̂ is the log-probability of a token given
-# what its mask leaves visible, times B/m. The terms of log π̂_θ and log π̂_old have other masks, so
-# the exp of their difference is not the ratio of two probabilities of one event.
+# what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old see
+# different things, so the exp of their difference is not the ratio of two probabilities of one
+# event. (With shared masks, or along the trajectory, a ratio per token is possible.)
 
 
 def group_advantages(rewards, group_size):
     """Rewards (N,), floats, whole numbers or bools -> (N,) float: (reward − mean of its group) /
     (standard deviation of its group). Equal rewards give exactly 0: such a group teaches nothing.
-    (If a prompt is solved with probability p, this happens with probability p^G + (1−p)^G.)
+    (If rewards are 0 or 1, and a prompt is solved with probability p, this happens with probability
+    p^G + (1−p)^G.)
 
-    Is mean A·g the gradient of the expected reward? But for two habits of GRPO: the mean of the
-    group contains the completion's own reward, which costs a factor 1 − 1/G; and the division gives
-    more weight to prompts that are nearly always or nearly never solved. (And g must be the
-    gradient of log π: that of the ELBO, a lower bound, is a little off.)"""
+    Is mean A·g the gradient of the expected reward? Yes, if g is the gradient of log π (that of a
+    lower bound points elsewhere), up to two habits of GRPO. The mean of the group contains the
+    completion's own reward, which costs a factor 1 − 1/G. And the division gives more weight to
+    prompts that are nearly always or nearly never solved. (For G = 2 and rewards of 0 or 1 the two
+    cancel: a test adds it all up.)"""
     check_batch(group_size, rewards)
-    groups = (rewards * 1.0).view(-1, group_size)  # (M, G); times 1.0: never whole numbers
+    groups = (rewards * 1.0).view(-1, group_size)  # (M, G); 1.0: whole numbers to floats
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
     centred = groups - groups.mean(-1, keepdim=True)
     deviation = groups.std(-1, correction=0, keepdim=True)
-    return (centred / (deviation + 1e-6)).flatten()  # `centred.flatten()` leaves the division out
+    return (centred / (deviation + 1e-6)).flatten()  # without the division: centred.flatten()
 
 
 def check_batch(group_size, *tensors):
@@ -548,8 +560,9 @@ def check_batch(group_size, *tensors):
 
 
 def safe_exp(log_ratio):
-    """exp of log_ratio (N,), as float32 ends at e^88. Above 80, value and gradient are those at 80;
-    a clamp would make the gradient 0."""
+    """exp of log_ratio (N,), but above 80 value and gradient are those at 80, since float32 ends at
+    e^88. (A clamp would make the gradient 0. And if the norm of all gradients overflows, the run is
+    stopped: see `one_batch`.)"""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
 
@@ -571,13 +584,14 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
 
 def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     """StableDRL: log_ratio (N,), advantages (N,) -> scalar, the mean over groups. Its negative
-    gradient is, for a group,  Σ_j w_j A_j g_j / Σ_j w_j  with  w_j = clip(ρ̂_j, 1−ε, 1+ε). The
-    weights are constants: they say how much a completion counts, and are not to be optimised.
+    gradient is, for a group,  Σ_j w_j A_j g_j / Σ_j w_j  with  w_j = clip(ρ̂_j, 1−ε, 1+ε). In GRPO
+    ∇ρ̂ = ρ̂·g supplies weight and g at once. Here the weights are constants that we choose, and
+    log_ratio supplies g, since ∇log ρ̂ = g.
 
     What does it gain? The update of a group is a weighted mean of its A_j·g_j, so its norm is at
     most max_j |A_j|·‖g_j‖, whatever the ratios are. `train` clips the norm of the gradient anyway,
     and Adam rescales it. But no clipping of a norm mends a *direction*, and the weights decide which
-    completions it comes from. Beside seven completions of ratio 1, a noisy one has at most
+    completions make it. With ε = 5, beside seven completions of ratio 1, a noisy one has at most
     (1+ε)/(1+ε+7) = 6/13 of its group's weight. Without line 1 it may have all of it, and without
     line 2 groups with large ratios outweigh the others.
 
@@ -594,8 +608,8 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
 
 
 def clip_only_loss(log_ratio, advantages, clip_eps, group_size):
-    """StableDRL without line 2: weight clip(ρ̂), divisor N. (CISPO, arXiv 2506.13585, is the same
-    with bounds of its own.)"""
+    """StableDRL without line 2: weight clip(ρ̂), divisor N. (CISPO, arXiv 2506.13585, does this per
+    token, with bounds of its own.)"""
     check_batch(group_size, log_ratio, advantages)
     weights = safe_exp(log_ratio.detach()).clamp(1 - clip_eps, 1 + clip_eps)
     return -(weights * advantages * log_ratio).mean()
@@ -606,14 +620,14 @@ LOSSES = {
     "grpo": (grpo_loss, 0.2),
     "stabledrl": (stabledrl_loss, 5.0),
     "clip_only": (clip_only_loss, 5.0),  # without line 2
-    "norm_only": (stabledrl_loss, 1e30),  # without line 1: hardly any ρ̂ reaches this ε
+    "norm_only": (stabledrl_loss, 1e30),  # without line 1: an ε so large that nothing is clipped
     "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
 }
 
 # ==== §6  Training ================================================================================
 # How does it all run? `one_batch` is the algorithm: the policy completes prompts, the task judges,
 # and μ updates learn from that. `train` repeats it and measures. With μ = 1 every true ratio is 1,
-# so an estimated one is nothing but noise, and is best left out (no_ratio).
+# and an estimated one is nothing but noise: use no_ratio then.
 #
 # Prompts, samples and masks each have a random stream of their own, made from the seed and the
 # number of updates done. So all losses with one seed start from the same base policy and see the
@@ -634,9 +648,10 @@ class Config:
     base_accuracy: float = 0.4  # pretraining stops at this accuracy, so that RL has work left
     base_lr: float = 1e-3  # learning rate of pretraining; larger models need a smaller one
     # Reinforcement learning.
-    loss: str = "stabledrl"  # section 5; without --loss and --estimator: grpo and stabledrl,
-    estimator: str = "elbo"  # each with elbo and exact (sections 3 and 4)
-    masks: str = "independent"  # or coupled, section 4
+    # (Without --loss and --estimator: grpo and stabledrl, each with elbo and exact.)
+    loss: str = "stabledrl"  # section 5
+    estimator: str = "elbo"  # how log pi is estimated, sections 3 and 4
+    masks: str = "independent"  # or coupled, which needs an even number of copies; section 4
     shared_masks: bool = False  # both estimates of a ratio use the same masks, section 4
     copies: int = 1  # K, noisy copies behind one estimate
     clip_eps: float = None  # epsilon of the clip; None: the loss's own, section 5
@@ -645,12 +660,12 @@ class Config:
     group_size: int = 8  # G, completions per prompt
     mu: int = 2  # updates per batch of completions
     max_grad_norm: float = 1.0  # the norm of the gradient is clipped to this; 1e9 means never
-    log_every: int = 40  # updates per line of the log
+    log_every: int = 40  # updates per line of the log, and per checkpoint
     updates: int = 600  # updates of a run, in all
     device: str = "cpu"  # or cuda, mps
 
     def __post_init__(self):
-        """AssertionError for a value that cannot be."""
+        """AssertionError for a value that cannot be, RuntimeError under python -O."""
         if not __debug__:
             raise RuntimeError("python -O removes all checks: run python without it")
         for name, choices in CHOICES.items():
@@ -673,17 +688,17 @@ class Config:
 
 
 CHOICES = {"task": TASKS, "loss": LOSSES, "estimator": ESTIMATORS, "masks": MASKS}
-LEAST = {"seed": 0, "group_size": 2, "max_grad_norm": 1e-9}  # others: 1 if whole numbers, else 0
+LEAST = {"seed": 0, "group_size": 2, "max_grad_norm": 1e-9}  # others: 1 if int, else 0
 
 
 def stream(config, purpose):
-    """A random generator for one purpose, by the run's seed: nothing else draws from it."""
+    """A random generator, seeded by the run's seed and a purpose: nothing else draws from it."""
     seed = random.Random(f"{config.seed} {purpose}").getrandbits(63)
     return torch.Generator(config.device).manual_seed(seed)
 
 
 def new_model(config):
-    """An untrained model on config.device, by config.seed."""
+    """An untrained model on config.device. It sets torch's global seed to config.seed."""
     torch.manual_seed(config.seed)
     vocab_size = len(TASKS[config.task].vocab) + 1
     model = BlockDiffusionTransformer(vocab_size, config.d_model, config.n_layer, config.n_head)
@@ -725,7 +740,7 @@ def pretrain(config):
     task, B = TASKS[config.task], config.block_size
     model = new_model(config)
     optimizer = torch.optim.Adam(model.parameters(), config.base_lr)
-    rng = np.random.default_rng([config.seed, 0])  # 0: not the prompts of RL
+    rng = np.random.default_rng([config.seed, 0])  # RL has [seed, 1, ..]
     masking = stream(config, "pretrain")
     bar = tqdm(range(2001), disable=None, bar_format="{desc}, {n} updates, {elapsed}")
     for update in bar:
@@ -749,14 +764,14 @@ def pretrain(config):
 def one_batch(config, model, optimizer, done, truths=None):
     """The algorithm: `done` updates have been made, and this makes the next μ -> batch, rewards
     (N,), and of each update log ρ̂ (N,) and the norm of the gradient before it is clipped. The list
-    `truths`, if there is one, gets log π (N,) of the policy at each update. FloatingPointError for
-    an update that is not finite: it is not made."""
+    `truths`, if there is one, gets log π (N,) of the policy before each update. FloatingPointError
+    for an update that is not finite: it is not made."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # if a loss of yours draws
+    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # if your loss draws
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -764,8 +779,8 @@ def one_batch(config, model, optimizer, done, truths=None):
     batch, rewards = answer(model, task, texts, B, samples=G, generator=sampling)
     advantages = group_advantages(rewards, G)  # (N,)
 
-    # (2) The old policy scores its own completions: log π̂_old. It does so once, with masks that no
-    # update uses; or, if masks are shared, for each update with the masks of that update.
+    # (2) The old policy scores its own completions: log π̂_old. Once, with masks of its own. Or, if
+    # masks are shared, for each update with the masks of that update.
     draw = functools.partial(draw_masks, *mask_shape, B, masking)
     with torch.no_grad():
         if config.shared_masks:
@@ -784,7 +799,7 @@ def one_batch(config, model, optimizer, done, truths=None):
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not (loss + grad_norm + log_ratio.sum()).isfinite():
+        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # if one is not, the sum is not
             raise FloatingPointError(
                 f"update {done + len(log_ratios) + 1} was not made: loss {loss:.3g}, "
                 f"gradient norm {grad_norm:.3g}"
@@ -797,14 +812,14 @@ def one_batch(config, model, optimizer, done, truths=None):
     return batch, rewards, log_ratios, grad_norms
 
 
-# What is logged. The best sign of trouble to come is `spread`, the standard deviation of log ρ̂ at
-# the first update of a batch: every true ratio is 1 there, so whatever it shows is noise, and a
-# model of any size can log it. (With shared masks it is 0, and says nothing.)
+# What is logged. Watch `spread`, the standard deviation of log ρ̂ at the first update of a batch:
+# every true ratio is 1 there, so whatever it shows is noise, and a model of any size can log it.
+# (With shared masks, and with estimators that use no random numbers, it is 0.)
 
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
     """log_ratio (N,) -> dict of floats, about ratios before any clipping. ratio_max: the largest
-    ρ̂. clip_fraction: the share of ρ̂ outside [1−ε, 1+ε], clipped by the loss or not. ess:
+    ρ̂. clip_fraction: the share of ρ̂ outside [1−ε, 1+ε], whether the loss clips there or not. ess:
     effective sample size of a group, (Σρ̂)²/Σρ̂², mean over groups: G if all count alike, 1 if only
     one does."""
     log_ratio = log_ratio.detach().cpu().double()
@@ -833,12 +848,16 @@ def first_checkpoint(config, base_model):
 
 
 def train(config, base_model, checkpoint=None):
-    """RL from the base policy, or from a checkpoint on: yields a checkpoint whenever a row of the
-    log is due, a dict of `model` and `optimizer` (states) and `rows` (dicts) so far. It touches no
-    file. Errors: see `one_batch`, `generate`."""
+    """RL from the base policy, or on from a checkpoint: yields a checkpoint whenever a row of the
+    log is due, a dict of `model` and `optimizer` (states) and `rows` (dicts) so far. A row has means
+    over all updates since the row before; `ratio_max` is a maximum, and what `evaluate` finds,
+    noise_std, drift and seconds (since this call) are of now. It touches no file. Errors: see
+    `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.99))  # the authors'
+    optimizer = torch.optim.Adam(
+        model.parameters(), config.lr, betas=(0.9, 0.99)
+    )  # as the authors'
     checkpoint = copy.deepcopy(checkpoint or first_checkpoint(config, base_model))
     model.load_state_dict(checkpoint["model"])
     if checkpoint["optimizer"]:
@@ -859,29 +878,30 @@ def train(config, base_model, checkpoint=None):
                 recent[name].append(number)
         if row_is_due:
             row = {"update": done + config.mu} | evaluate(model, task, B)
-            for name, numbers in recent.items():  # of all updates since the row before
+            for name, numbers in recent.items():
                 row[name] = sum(numbers) / len(numbers)
             row["ratio_max"] = max(recent["ratio_max"])
             if truths:  # at the last update of the batch: how far is log ρ̂ from log ρ?
                 noise = log_ratios[-1] - (truths[-1] - truths[0])
-                drift = truths[0] - true_log_prob(base_model, **batch)  # its mean estimates the KL
+                drift = truths[0] - true_log_prob(base_model, **batch)  # mean: KL(π_old ‖ π_base)
                 row["noise_std"] = noise.std(correction=0).item()
                 row["drift"] = drift.mean().item()
             row["seconds"] = time.perf_counter() - began
             rows.append(row)
             recent.clear()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}
-            yield copy.deepcopy(state)  # so that it stays what it is when training goes on
+            yield copy.deepcopy(state)  # as training goes on to change it
 
 
 # ==== §7  Command line ============================================================================
 # Nothing here belongs to the method: files, flags, processes, a table and a figure. `train` yields
-# checkpoints, and `run` writes them down. A run that goes on is `train` with its last checkpoint.
+# checkpoints, and `run` writes them down. A run that goes on is `train` with its last checkpoint. A
+# file holds a checkpoint, its `probe`, and in a run's folder also `base`, the probe of its base.
 
-SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # where neither is given
+SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # if neither flag is given
 SETTINGS = [field.name for field in dataclasses.fields(Config)]
 BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
-UNNAMED = ("seed", "estimator", "updates", "device")  # in a run's name anyway, or not at all
+UNNAMED = ("seed", "estimator", "updates", "device")  # has a place in the name, or makes none
 PANELS = {"reward": "reward", "ratio_max": "largest ratio", "grad_norm": "gradient norm"}
 COLOURS = "tab:red tab:orange tab:blue tab:cyan tab:green tab:purple tab:brown tab:pink gold black"
 
@@ -907,22 +927,23 @@ def base_path(config, out):
 
 
 def probe(model):
-    """Logits for a fixed text: weights read into another architecture would give others."""
+    """Logits for a fixed text: the same weights in another architecture (another norm, another
+    number of heads) give others."""
     tokens = torch.arange(model.mask_id, device=model.embed.weight.device)
     with torch.no_grad():
         return model(tokens[None], tokens, block_causal_mask(len(tokens), 2, tokens.device)).cpu()
 
 
 def save(path, model, state):
-    """Write a checkpoint. The file gets its name when it is whole: a kill meanwhile leaves the old
-    one, and two programs do not interfere."""
+    """Write a checkpoint under another name, then rename it: if the program is killed, the old file
+    remains, and two programs do not interfere."""
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(state | {"probe": probe(model)}, unfinished)
     os.replace(unfinished, path)
 
 
 def load(path, model):
-    """Read the weights into the model -> the checkpoint. ValueError if that cannot be."""
+    """Read the weights into the model -> the checkpoint. ValueError if it does not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         model.load_state_dict(state["model"])
@@ -948,8 +969,8 @@ def load_start(out, config):
 
 
 def trial(out, resume, config):
-    """One batch of one prompt on an untrained model, and a look at the files that exist: what
-    cannot work ends here, before any work."""
+    """A look at the files that exist, and one batch of one prompt on an untrained model, so that
+    what cannot work fails before any work."""
     folder = Path(out, run_name(config))
     assert resume or not folder.exists(), f"{folder} exists: --resume, or another --out"
     if base_path(config, out).exists():
@@ -969,7 +990,7 @@ def make_base(out, config):
 
 def run(out, config):
     """Train, or go on -> rows of the log, and whether the run failed. The log is written before the
-    checkpoint: a kill in between makes its last row once more."""
+    checkpoint: if killed in between, a resumed run makes the last row again."""
     base_model, base, checkpoint = load_start(out, config)
     folder, model = Path(out, run_name(config)), new_model(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -982,32 +1003,32 @@ def run(out, config):
             save(folder / "checkpoint.pt", model, checkpoint | {"base": base["probe"]})
             numbers = "update {update}  reward {reward:.3f}".format(**rows[-1])
             print(f"{run_name(config)}  {numbers}", flush=True)
-    except FloatingPointError as error:  # an outcome, and no mistake
+    except FloatingPointError as error:  # an outcome of the experiment, and no bug
         print(f"{run_name(config)} FAILED: {error}", flush=True)
         return rows, True
     return rows, False
 
 
 def attempt(work, out, config):
-    """work(out, config), or None if an error ends it. The other runs go on."""
+    """work(out, config), or None if an error ends it: the other runs go on."""
     try:
         return work(out, config)
     except (OSError, torch.OutOfMemoryError) as error:
         print(f"{run_name(config)} FAILED: {error}", flush=True)
-    except Exception:  # of any kind, in a loss or a task of your own: so with its place
+    except Exception:  # in a loss or a task of your own: the traceback says where
         print(f"{run_name(config)} FAILED: {traceback.format_exc()}", flush=True)
 
 
 def start_worker():
-    """What a process does first: die quietly on Ctrl-C, and with the program, even by kill -9."""
+    """What a process does first: arrange to die quietly on Ctrl-C, and when the program dies."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the signal if the parent dies
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def launch(work, configs, fork):
-    """[work(config) for each], in forked processes as many at a time as the cores allow, or here.
-    The process that forks must never have run a backward pass: where torch sees a GPU, autograd
-    does not survive it."""
+    """[work(config) for each], in forked processes, as many at a time as the cores allow; without
+    fork in this one. The process that forks must never have run a backward pass: where torch sees a
+    GPU, the threads that autograd has started are missing in its children."""
     if not fork:
         return [work(config) for config in configs]
     jobs = max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())
@@ -1034,7 +1055,7 @@ def parse(argv):
     parser.add_argument("--out", default="runs", help="folder for all files; default: runs")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with old runs")
     for field in dataclasses.fields(Config):
-        kind, least = (int, "*") if field.type is bool else (field.type, "+")
+        kind, least = (int, "*") if field.type is bool else (field.type, "+")  # * may be none: 1
         parser.add_argument(f"--{field.name}", type=kind, nargs=least, help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
     out, resume = given.pop("out"), given.pop("resume")
@@ -1105,7 +1126,7 @@ def plot(policies, path):
 def main(argv=None):
     """Run what the command line asks for. Status 2 for bad input, 1 if a run failed."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # so that a run's log is the same alone and in company
+        torch.set_num_threads(1)  # a run's log is then the same alone and beside others
     try:
         configs, out, resume = parse(argv)
         fork = len(configs) > 1 and sys.platform == "linux" and configs[0].device == "cpu"
@@ -1122,11 +1143,12 @@ def main(argv=None):
     for config, result in zip(ready, results):
         if result:
             policies[", ".join(policy_words(config))].append(result)
-    print(*table(policies), sep="\n")
-    try:
-        plot(policies, Path(out, "plot.svg"))
-    except ImportError:
-        print("no figure: pip install matplotlib, and repeat the command with --resume")
+    if policies:
+        print(*table(policies), sep="\n")
+        try:
+            plot(policies, Path(out, "plot.svg"))
+        except ImportError:
+            print("no figure: pip install matplotlib, and repeat the command with --resume")
     if len(ready) < len(configs) or any(result is None or result[1] for result in results):
         sys.exit(1)
 
@@ -1134,8 +1156,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except BrokenExecutor as error:  # somebody, or the system out of memory, has killed a worker
+    except BrokenExecutor as error:  # a worker was killed, by the system out of memory for example
         sys.exit(f"stabledrl.py: {error} The same command with --resume goes on.")
     except KeyboardInterrupt:
         print("interrupted: the same command with --resume goes on from the last lines", flush=True)
-        os._exit(1)  # and all processes with it
+        os._exit(1)  # and with it its workers: see start_worker
