@@ -74,10 +74,8 @@ import math
 import multiprocessing
 import numbers
 import os
-import pickle
 import random
 import signal
-import statistics
 import sys
 import time
 import traceback
@@ -639,7 +637,7 @@ class Config:
     """The settings of a run. Each is a flag; several values of a flag mean a run for each."""
 
     # The base policy: all settings down to base_lr name its file.
-    task: str = "addition"
+    task: str = "addition"  # what to learn, see toy_tasks
     seed: int = 0  # every seed has a base policy and random numbers of its own
     block_size: int = None  # B, tokens per block; None: the task's own
     d_model: int = 64  # width of the transformer
@@ -896,8 +894,9 @@ def train(config, base_model, checkpoint=None):
 # ==== §7  Command line ============================================================================
 # Nothing here belongs to the method: files, flags, processes, a table and a figure. `train` yields
 # checkpoints, and `run` writes them down. A run that goes on is `train` with its last checkpoint. A
-# file holds a checkpoint, its `probe`, and in a run's folder also `base`, the probe of its base.
+# file also has `probe` and `base`, by which other weights than the right ones are noticed.
 
+REFUSED = (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)
 SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # if neither flag is given
 SETTINGS = [field.name for field in dataclasses.fields(Config)]
 BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
@@ -936,36 +935,41 @@ def probe(model):
 
 def save(path, model, state):
     """Write a checkpoint under another name, then rename it: if the program is killed, the old file
-    remains, and two programs do not interfere."""
+    remains, and two programs do not interfere. base: the probe of the policy that it began from."""
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(state | {"probe": probe(model)}, unfinished)
+    torch.save({"base": probe(model)} | state | {"probe": probe(model)}, unfinished)
     os.replace(unfinished, path)
 
 
 def load(path, model):
-    """Read the weights into the model -> the checkpoint. ValueError if it does not fit."""
+    """Read the weights into the model -> what `save` wrote. ValueError if it does not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         model.load_state_dict(state["model"])
-        if torch.allclose(probe(model), state["probe"], atol=1e-3):
-            return state
-        reason = "another architecture wrote it"
-    except (RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error)[:200]
-    raise ValueError(f"{path} cannot be used: {reason}. Delete it or choose another --out")
+        if not torch.allclose(probe(model), state["probe"], atol=1e-3):
+            raise ValueError("another architecture wrote it")
+        return {name: state[name] for name in ("model", "optimizer", "rows", "probe", "base")}
+    except Exception as error:  # a damaged file makes torch raise errors of any kind
+        reason = f"{type(error).__name__} {str(error)[:200]}"
+        advice = "if it is damaged or of another model, delete it, or choose another --out"
+        raise ValueError(f"{path} cannot be used: {advice} ({reason})") from None
 
 
 def load_start(out, config):
-    """-> the base policy, its checkpoint, and the checkpoint to go on from."""
-    base_model, path = new_model(config), Path(out, run_name(config), "checkpoint.pt")
-    base = checkpoint = load(base_path(config, out), base_model)
-    if path.exists():
-        checkpoint = load(path, new_model(config))
-        same_base = torch.equal(checkpoint["base"], base["probe"])
-        assert same_base, f"{path} began from another base policy: choose another --out"
+    """-> the base policy, and the checkpoint to go on from: the run's own, or else that of its base
+    (None if it is not made yet)."""
+    base_model, base = new_model(config), None
+    if base_path(config, out).exists():
+        base = load(base_path(config, out), base_model)
+    path = Path(out, run_name(config), "checkpoint.pt")
+    if not path.exists():
+        return base_model, base
+    checkpoint = load(path, new_model(config))
+    same_base = base is None or torch.equal(checkpoint["base"], base["probe"])
+    assert same_base, f"{path} began from another base policy: choose another --out"
     made = checkpoint["rows"][-1]["update"]
     assert made <= config.updates, f"--updates {config.updates}: {path.parent} has {made} already"
-    return base_model, base, checkpoint
+    return base_model, checkpoint
 
 
 def trial(out, resume, config):
@@ -973,8 +977,7 @@ def trial(out, resume, config):
     what cannot work fails before any work."""
     folder = Path(out, run_name(config))
     assert resume or not folder.exists(), f"{folder} exists: --resume, or another --out"
-    if base_path(config, out).exists():
-        load_start(out, config)
+    load_start(out, config)
     small = dataclasses.replace(config, prompts=1, log_every=config.mu, updates=config.mu)
     model = new_model(config)
     start = {"model": model.state_dict(), "optimizer": None, "rows": [{"update": 0}]}
@@ -991,8 +994,8 @@ def make_base(out, config):
 def run(out, config):
     """Train, or go on -> rows of the log, and whether the run failed. The log is written before the
     checkpoint: if killed in between, a resumed run makes the last row again."""
-    base_model, base, checkpoint = load_start(out, config)
-    folder, model = Path(out, run_name(config)), new_model(config)
+    base_model, checkpoint = load_start(out, config)
+    folder, model, base = Path(out, run_name(config)), new_model(config), checkpoint["base"]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for checkpoint in itertools.chain([checkpoint], train(config, base_model, checkpoint)):
@@ -1000,7 +1003,7 @@ def run(out, config):
             lines = [json.dumps(line) + "\n" for line in [vars(config), *rows]]
             (folder / "log.jsonl").write_text("".join(lines))
             model.load_state_dict(checkpoint["model"])
-            save(folder / "checkpoint.pt", model, checkpoint | {"base": base["probe"]})
+            save(folder / "checkpoint.pt", model, checkpoint | {"base": base})
             numbers = "update {update}  reward {reward:.3f}".format(**rows[-1])
             print(f"{run_name(config)}  {numbers}", flush=True)
     except FloatingPointError as error:  # an outcome of the experiment, and no bug
@@ -1013,7 +1016,7 @@ def attempt(work, out, config):
     """work(out, config), or None if an error ends it: the other runs go on."""
     try:
         return work(out, config)
-    except (OSError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"{run_name(config)} FAILED: {error}", flush=True)
     except Exception:  # in a loss or a task of your own: the traceback says where
         print(f"{run_name(config)} FAILED: {traceback.format_exc()}", flush=True)
@@ -1071,15 +1074,16 @@ def parse(argv):
 
 def over_seeds(numbers, digits):
     """Mean ± standard deviation, as text."""
-    deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.{digits}f}{deviation}"
+    deviation = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.{digits}f}{deviation}"
 
 
 def table(policies):
     """Lines of text: label -> (rows of the log, failed) of each seed, behind their base policy. A
     run that failed counts as 0."""
     width = max(map(len, ["base policy", *policies]))
-    lines = [f"{'':{width}}  {'reward':15} {'accuracy':15} {'x base':13} the first seed writes"]
+    head = f"{'':{width}}  {'reward':15} {'accuracy':15} {'x base':13} the first seed writes"
+    behind = {}  # line of a base policy -> lines of the policies that began from it
     for label, seeds in policies.items():
         bases, ends = [rows[0] for rows, _ in seeds], []
         for rows, failed in seeds:
@@ -1090,9 +1094,11 @@ def table(policies):
             times = [reward / (base["reward"] or math.nan) for reward, base in zip(rewards, bases)]
             numbers = f"{over_seeds(rewards, 3):15} {accuracies:15} {over_seeds(times, 2):13}"
             line = f"{name:{width}}  {numbers} {',  '.join(of_seeds[0]['writes'])}"
-            if line not in lines:  # a base policy stands there once
-                lines.append(line)
-    return lines
+            if of_seeds is bases:
+                of_base = behind.setdefault(line, [])
+            else:
+                of_base.append(line)
+    return [head, *itertools.chain(*([line, *of_base] for line, of_base in behind.items()))]
 
 
 def plot(policies, path):
@@ -1113,7 +1119,7 @@ def plot(policies, path):
                 lines.append([row.get(column) or absent for row in rows])
                 mark = "x" if failed else ""
                 axis.plot(updates, lines[-1], marker=mark, markevery=[-1], linewidth=0.6, **style)
-            mean = [statistics.mean(numbers) for numbers in zip(*lines)]  # ends with the shortest
+            mean = [np.mean(numbers) for numbers in zip(*lines)]  # ends with the shortest
             if column == "reward":
                 base = {"color": "grey", "linestyle": ":", "label": "" if i else "base policy"}
                 axis.axhline(mean[0], **base)
@@ -1133,7 +1139,7 @@ def main(argv=None):
         launch(functools.partial(trial, out, resume), configs, fork)
         Path(out).mkdir(parents=True, exist_ok=True)
         assert os.access(out, os.W_OK), f"--out {out} cannot be written"
-    except (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError) as error:
+    except REFUSED as error:
         refuse(error)
     bases = {base_path(config, out): config for config in configs}
     launch(functools.partial(attempt, make_base, out), bases.values(), fork)
