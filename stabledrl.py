@@ -72,7 +72,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import numbers
 import os
 import random
 import signal
@@ -1136,6 +1135,7 @@ def main(argv=None):
     try:
         configs, out, resume = parse(argv)
         fork = len(configs) > 1 and sys.platform == "linux" and configs[0].device == "cpu"
+        torch.optim.Adam([torch.zeros(1)])  # loads what else each worker would load anew: a second
         launch(functools.partial(trial, out, resume), configs, fork)
         Path(out).mkdir(parents=True, exist_ok=True)
         assert os.access(out, os.W_OK), f"--out {out} cannot be written"
