@@ -719,16 +719,16 @@ def answer(model, task, texts, block_size, **options):
     return batch, torch.tensor(rewards, device=device)
 
 
-def evaluate(model, task, block_size):
-    """500 held-out prompts, always the same, completed greedily, surest place first -> dict.
-    accuracy: the share that is right; writes: the first three, as text."""
-    texts, _ = task.sample(np.random.default_rng(0), 500, "test")
+def evaluate(model, task, block_size, prompts=500):
+    """Held-out prompts, always the same, completed greedily, surest place first -> dict. accuracy:
+    the share that is right; writes: the first three, as text."""
+    texts, _ = task.sample(np.random.default_rng(0), prompts, "test")
     batch, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
     right = (rewards == 1).tolist()  # some tasks give less than 1 for less than right
     writes = []
     for prompt, completion, is_right in zip(texts, decode(task, batch["completions"][:3]), right):
         writes.append(f"{prompt}{completion} {'right' if is_right else 'wrong'}")
-    return {"accuracy": sum(right) / 500, "writes": writes}
+    return {"accuracy": sum(right) / prompts, "writes": writes}
 
 
 def pretrain(config):

@@ -37,7 +37,8 @@ import stabledrl as S
 from toy_tasks import TASKS
 
 torch.set_num_threads(1)
-LAUNCH, PLOT, GETSOURCE = S.launch, S.plot, functools.cache(inspect.getsource)
+LAUNCH, PLOT, EVALUATE = S.launch, S.plot, S.evaluate
+GETSOURCE = functools.cache(inspect.getsource)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCE = (ROOT / "stabledrl.py").read_text(encoding="utf-8")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="runs go side by side under Linux only")
@@ -52,9 +53,11 @@ FLAGS = " ".join(f"--{name} {value}" for name, value in SIZES.items())
 
 @pytest.fixture(autouse=True)
 def setting(monkeypatch):
-    """Nothing is forked here, and no test waits for a figure but those that look at it. (To find the
+    """Nothing is forked here, no test waits for a figure but those that look at it, and 20
+    prompts are enough for an accuracy. (To find the
     source of Config for --help takes 0.1 seconds: once is enough.)"""
     monkeypatch.setattr(TASKS["addition"], "reward", eval(REWARD))
+    monkeypatch.setattr(S, "evaluate", functools.partial(EVALUATE, prompts=20))
     monkeypatch.setattr(S, "launch", lambda work, configs, fork: LAUNCH(work, configs, False))
     monkeypatch.setattr(S, "plot", lambda policies, path: None)
     monkeypatch.setattr(inspect, "getsource", GETSOURCE)
@@ -920,19 +923,21 @@ def test_two_runs_go_side_by_side_on_one_thread_each(programs):
 
 
 @linux
-def test_a_run_is_the_same_alone_and_in_company(programs, tmp_path):
+def test_a_run_is_the_same_alone_and_in_company(programs, tmp_path, monkeypatch):
     """Bit for bit, but for the seconds."""
     folder, _, _ = programs
+    monkeypatch.setattr(S, "evaluate", EVALUATE)
     S.main([*PAIR.split(), "--loss", "stabledrl", "--updates", "60", "--out", str(tmp_path)])
     (alone,) = tmp_path.glob("addition*")
     assert_same_run(folder / "whole" / alone.name, alone)
 
 
 @linux
-def test_two_runs_killed_at_any_moment_end_as_if_they_had_not_been(programs):
+def test_two_runs_killed_at_any_moment_end_as_if_they_had_not_been(programs, monkeypatch):
     """SIGKILL to their parent, and no child goes on behind its back. With --resume all is the same,
     bit for bit."""
     folder, _, statuses = programs
+    monkeypatch.setattr(S, "evaluate", EVALUATE)
     killed = list((folder / "kill").glob("addition*"))
     logs = [log_of(run) for run in killed]
     time.sleep(0.1)

@@ -173,7 +173,7 @@ def random_completions(task, references, rng, n):
     return found
 
 
-@pytest.mark.parametrize("n", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [4_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_no_completion_fools_or_stops_the_judge(task, n):
     """No exception, reward 1 for just what the oracle calls right, and no call above 50 ms. (A
     judge that hangs takes seconds.)"""
