@@ -33,7 +33,7 @@ Why GRPO breaks on such a model:
   4. So nearly all of an update pushes a few bad completions down, those with the most noise.
   5. Pushing up stops by itself, as the gradient of log p with respect to the logits vanishes for
      p → 1. It does not vanish for p → 0: nothing in the gradient slows a push down. And all
-     completions share θ, so the good ones lose probability as well, and the reward falls.
+     completions share θ, so a push moves the good ones as well, and the reward falls.
 StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum.
 
@@ -248,14 +248,16 @@ def generate(
         block_positions, block_mask = positions[begin:end], mask[begin:end, :end]  # all True
         columns = slice(begin - P, end - P)
         block = completions[:, columns]  # (N, B), a view: writing here writes there
-        uniform = torch.rand(block.shape, generator=generator, device=device)  # its rank: the order
+        uniform = torch.rand(
+            block.shape, generator=generator, device=device
+        )  # the largest comes first
         for step in range(B):
             logits, _ = model.read(block, block_positions, block_mask, cache)  # (N, B, vocab)
             priority = uniform if order == "random" else logits.softmax(-1).amax(-1)  # (N, B)
             priority = priority.masked_fill(block != model.mask_id, -1)  # not again
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
             logits = logits.take_along_dim(place[:, :, None], dim=1)[:, 0]  # (N, vocab)
-            if not logits.logsumexp(-1).isfinite().all():  # that of [MASK] is −∞
+            if not logits.logsumexp(-1).isfinite().all():  # that of [MASK] is −∞ by design
                 raise FloatingPointError("the model's logits are not finite")
             token = logits.argmax(-1, keepdim=True)  # (N, 1)
             if temperature > 0:
@@ -393,9 +395,10 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 # 9.2 though θ = θ_old: then ρ̂ = e^9.2 = 10,000 where ρ = 1.
 #
 # Let η be the noise of that difference: ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation
-# σ, then E[e^η] = e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), and e² is 7:
-# ratios are far too large on average, and a few huge ones make that average. Bad completions are the
-# noisy ones: improbable tokens move the estimate most, and most of them are wrong.
+# σ, then E[e^η] = e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios would
+# be e² = 7 times too large on average. Real noise has heavier tails (README's figure), and the average
+# is larger still. Bad completions are the noisy ones: improbable tokens move the estimate most, and
+# most of them are wrong.
 #
 # What lowers the noise?
 #   * More copies: σ falls as 1/√K. Coupled copies (below) are better than independent ones.
@@ -413,7 +416,7 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool in pairs (DiffuCoder, arXiv 2506.20639): in each block copy K/2 + k hides exactly
     the tokens that copy k shows; but if copy k hides all, so does its partner. So each token is
     hidden at least once. In the example above a pair always gives −4.6. Each copy alone is
-    distributed as in `sample_masks`: B − m is uniform on 1..B−1 where m is."""
+    distributed as in `sample_masks`, since below B the counts m and B − m are equally likely."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     first = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = first.unflatten(-1, (-1, block_size))  # (N, K/2, L/B, B)
@@ -535,7 +538,7 @@ def group_advantages(rewards, group_size):
     p^G + (1−p)^G.)
 
     Is mean A·g the gradient of the expected reward? Yes, if g is the gradient of log π (that of a
-    lower bound points elsewhere), up to two habits of GRPO. The mean of the group contains the
+    lower bound points a little elsewhere), up to two habits of GRPO. The mean of the group contains the
     completion's own reward, which costs a factor 1 − 1/G. And the division gives more weight to
     prompts that are nearly always or nearly never solved. (For G = 2 and rewards of 0 or 1 the two
     cancel: a test adds it all up.)"""
@@ -768,7 +771,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # if your loss draws
+    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # for your loss
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -854,7 +857,7 @@ def train(config, base_model, checkpoint=None):
     model = copy.deepcopy(base_model)
     optimizer = torch.optim.Adam(
         model.parameters(), config.lr, betas=(0.9, 0.99)
-    )  # as the authors'
+    )  # betas: the authors'
     checkpoint = copy.deepcopy(checkpoint or first_checkpoint(config, base_model))
     model.load_state_dict(checkpoint["model"])
     if checkpoint["optimizer"]:
