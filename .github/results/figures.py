@@ -1,75 +1,83 @@
-"""The figures, from the kept lines. One method has one colour in all of them."""
+"""What do the kept lines look like? The figures of README and of the results page."""
 
 import itertools
-import json
+import os
 import statistics
 
 import matplotlib
+import noise
+import numpy as np
+from experiments import (
+    EXPERIMENTS,
+    NOISES,
+    S,
+    kept_of,
+    noise_of_columns,
+    times_base,
+)
 
+os.environ["SOURCE_DATE_EPOCH"] = "0"  # the same lines give the same file
 matplotlib.rcParams |= {"svg.hashsalt": "stabledrl", "font.size": 9, "axes.titlesize": 10}
 import matplotlib.pyplot as plt
-import numpy as np
 
-import noise
-from experiments import BOTH, EXPERIMENTS, HERE, NOISES, POLICIES, lines_of, times_base
-
-COLOURS = {
+COLOURS = {  # one method has one colour in all figures; those of `plot` are in this order, too
     "GRPO": "tab:red",
-    "GRPO, estimated ratio": "tab:red",
-    "GRPO, exact ratio": "tab:red",
+    "GRPO, trajectory": "tab:orange",
     "StableDRL": "tab:blue",
     "StableDRL, ε = 5": "tab:blue",
-    "StableDRL, estimated ratio": "tab:blue",
     "StableDRL, ε = 1": "tab:cyan",
-    "dual clip": "tab:orange",
-    "ρ̂^(1/L) (GSPO, ESPO)": "tab:brown",
-    "no ratio (SPG)": "black",
-    "SAPO": "tab:pink",
+    "good only": "tab:green",
     "VESPO": "tab:purple",
-    "good answers only": "tab:green",
-    "GRPO, trajectory": "tab:red",
-    "good answers": "goldenrod",
-    "bad answers": "saddlebrown",
+    "ρ̂^(1/L) (ESPO)": "tab:brown",
+    "SAPO": "tab:pink",
+    "dual clip": "goldenrod",
+    "no ratio": "black",
+    "good completions": "goldenrod",
+    "bad completions": "saddlebrown",
 }
+ONLY_IN_TABLE = "clip only, ε = 1 (CISPO)"
 
-STYLES = {"GRPO, exact ratio": "--", "GRPO, trajectory": "--"}  # else: a full line
-ONLY_IN_TABLE = ("CISPO, ε = 5", "CISPO, ε = 1", "masked ratio", "wd1")
 
-def style_of(label):
-    return {"color": COLOURS[label], "linestyle": STYLES.get(label, "-")}
-
-def panels(rows, columns, height, **options):
+def panels(number, height):
     """-> figure of 900 pixels' width, axes."""
-    return plt.subplots(rows, columns, figsize=(9, height), layout="constrained", **options)
+    return plt.subplots(1, number, figsize=(9, height), layout="constrained", sharey=True)
+
 
 def finish(figure, axis, path):
     """One legend above all panels, from the labels of one of them."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    figure.savefig(path, metadata={"Date": None})
+    handles = axis.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4)
+    figure.savefig(path)
     plt.close(figure)
 
+
 def draw_base(axis, height):
-    axis.axhline(height, color="grey", linestyle=":", label="base policy, before RL")
+    axis.axhline(height, color="grey", linestyle=":", label="base policy")
 
-def draw_main_job(kept, path):
-    """Three policies from one base, seed 0."""
-    figure, axes = panels(1, 3, 3.2)
-    main = EXPERIMENTS["main"]
-    for policy in main.rows:
-        line, *_ = lines_of(kept, main, policy, "")
-        style = style_of(policy)
-        for axis, column in zip(axes, ("reward", "ratio_max", "grad_norm")):
-            axis.plot(range(40, 1201, 40), line[column], label=policy, **style)
-            axis.set_xlabel("update")
-    draw_base(axes[0], line["base"])
-    axes[0].set(title="reward", ylim=(0, None))
-    axes[1].set(title="largest ratio ρ̂", yscale="log")
-    axes[2].set(title="norm of the gradient", yscale="log")
-    finish(figure, axes[0], path)
 
-def draw_noise(kept, path):
-    """The noise of good and of bad answers, and who has the weight of a first update."""
-    figure, (left, right) = panels(1, 2, 3.2)
+def rows_of(line):
+    """A kept line -> rows of the log, as `plot` wants them, and whether the run failed."""
+    rows = [{"update": 0, "reward": line["base"]}]
+    for i, reward in enumerate(line["reward"], 1):
+        row = {"update": 40 * i, "reward": reward}
+        rows.append(row | {name: line[name][i - 1] for name in ("ratio_max", "grad_norm")})
+    return rows, line["failed"]
+
+
+def draw_square(path):
+    """The figure of stabledrl.py itself."""
+    found, _ = kept_of("square")
+    policies = {}
+    for (loss, column), lines in found.items():
+        ratio, updates = column.split(", ")
+        if updates == "1,200 updates":
+            policies[f"{loss}, {ratio}"] = [rows_of(line) for line in lines]
+    S.plot(policies, path)
+
+
+def draw_noise(path):
+    """The noise of good and of bad completions, and who has the weight of a first update."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     tails = noise.read("tails")
     x = noise.BINS[:-1] + 0.25
     for name, counts in tails["histogram"].items():
@@ -81,134 +89,63 @@ def draw_noise(kept, path):
     left.set(yscale="log", xlim=(-19, 19), ylim=(1e-7, 30))
     left.set(title="density of log ρ̂ where ρ = 1", xlabel="nats")
     left.legend(loc="upper left", handlelength=1)
-    place = 0
-    for label, shares in zip(BOTH, noise.read("shares").values()):
+    for i, (label, shares) in enumerate(noise.read("shares").items()):
         heights = [100 * statistics.median(values) for values in shares.values()]
-        places = [place, place + 1.2]
-        bars = right.bar(places, heights, 0.4, color=COLOURS[label], label=label)
-        right.bar_label(bars, [noise.percent(values) for values in shares.values()])
-        place += 0.4
-    right.set_xticks([0.2, 1.4], ["all bad answers", "heaviest answer of 256"])
+        bars = right.bar([0.4 * i, 0.4 * i + 1.2], heights, 0.4, color=COLOURS[label], label=label)
+        right.bar_label(bars, [f"{height:.0f} %" for height in heights])
+    right.set_xticks([0.2, 1.4], list(shares))
     right.set(title="share of the weight of a first update", ylim=(0, 115), ylabel="%")
     right.legend()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path)
 
-def draw_learning(panels_of, path):
-    """Reward against updates: title of a panel -> label -> lines. A thin line for each seed, a thick
-    one for their mean. A run that has failed has the reward 0 from then on."""
-    figure, axes = panels(1, len(panels_of), 3.2, sharey=True)
-    for axis, (title, lines_by_label) in zip(axes, panels_of.items()):
-        length = max(len(line["reward"]) for lines in lines_by_label.values() for line in lines)
-        updates = np.arange(1, length + 1) * 40
-        for label, lines in lines_by_label.items():
-            style = style_of(label)
-            rewards = np.zeros((len(lines), length))
-            for of_seed, line in zip(rewards, lines):
-                made = len(line["reward"])
-                of_seed[:made] = line["reward"]
-                of_seed[made:] = 0 if line["failed"] else np.nan
-                axis.plot(updates, of_seed, linewidth=0.5, **style)
-            axis.plot(updates, rewards.mean(0), linewidth=2, label=label, **style)
-        bases = [line["base"] for lines in lines_by_label.values() for line in lines]
-        draw_base(axis, statistics.mean(bases))
-        axis.set(title=title, xlabel="update")
+
+def draw_blocks(path):
+    """Reward against updates: a thin line for each seed, a thick one for their mean. A run that has
+    failed has the reward 0 from then on."""
+    blocks, (found, _) = EXPERIMENTS["blocks"], kept_of("blocks")
+    figure, axes = panels(4, 3.2)
+    for axis, row in zip(axes, blocks.rows):
+        for column in blocks.columns:
+            rewards = np.zeros((3, 5))
+            for of_seed, line in zip(rewards, found[row, column]):
+                of_seed[: len(line["reward"])] = line["reward"]
+            updates, colour = range(40, 201, 40), COLOURS[column]
+            axis.plot(updates, rewards.T, linewidth=0.5, color=colour)
+            axis.plot(updates, rewards.mean(0), linewidth=2, color=colour, label=column)
+        draw_base(axis, statistics.mean(line["base"] for line in found[row, column]))
+        axis.set(title=row, xlabel="update")
     axes[0].set(ylabel="reward", ylim=(0, None))
     finish(figure, axes[0], path)
 
-def draw_blocks(kept, path):
-    blocks = EXPERIMENTS["blocks"]
-    draw_learning({
-        row: {column: lines_of(kept, blocks, row, column) for column in blocks.columns}
-        for row in blocks.rows}, path)
 
-def draw_sizes(kept, path):
-    """Each policy at its best rate of three, by the mean of its last rewards. 85 M parameters: the
-    kept logs, at the one rate that they have."""
-    sizes, panels_of = EXPERIMENTS["sizes"], {}
-    for policy in POLICIES:
-        for row in sizes.rows:
-            size, rate = row.split(", ")
-            lines = lines_of(kept, sizes, row, policy)
-            found = panels_of.setdefault(f"{size} parameters", {})
-            if last_reward(lines) > last_reward(found.get(policy, [])):
-                found[policy] = lines
-    panels_of["85 M parameters"] = larger = {}
-    for line in map(json.loads, (HERE / "h100.jsonl").read_text().splitlines()):
-        if line["d_model"] == 768:
-            ratio = "exact" if line["estimator"] == "exact" else "estimated"
-            loss = {"grpo": "GRPO", "stabledrl": "StableDRL"}[line["loss"]]
-            line |= {"failed": False, "base": np.nan}
-            larger[f"{loss}, {ratio} ratio"] = [line]
-    draw_learning(panels_of, path)
+def draw_means(axis, xs, lines, label, **style):
+    """A point for each x: the mean over seeds of the lines of a cell."""
+    ys = [statistics.mean(map(times_base, of_x)) for of_x in lines]
+    axis.plot(xs, ys, label=label, markersize=5, **style)
 
-def last_reward(lines):
-    return sum(line["reward"][-1] for line in lines) if lines else -1
 
-UPDATES = range(0, 401, 40)  # at which noise and drift were measured
-
-def draw_drift(kept, path):
-    """Noise while a policy drifts: of the base's answers, and of its own."""
-    figure, axes = panels(1, 2, 3.4, sharey=True)
-    columns = {"base": "on answers of the base policy", "own": "on answers of its own"}
-    for axis, (column, title) in zip(axes, columns.items()):
-        for policy, seeds in noise.read("drift").items():
-            style = style_of(policy)
-            for log in seeds:
-                updates = UPDATES[: len(log[column])]
-                axis.plot(updates, log[column], linewidth=0.5, **style)
-            whole = [log[column] for log in seeds if len(log[column]) == len(UPDATES)]
-            axis.plot(UPDATES, np.mean(whole, 0), linewidth=2, label=policy, **style)
-        axis.set(title=f"noise {title}", xlabel="update")
-    axes[0].set(ylabel="nats", ylim=(0, None))
-    finish(figure, axes[0], path)
-
-def draw_tunnel(kept, path):
-    """Reward against noise, a line per objective."""
-    figure, axes = panels(1, 2, 4.8, sharey=True)
-    x_of = {name: noise.noise_of(name) for name in NOISES}
-    ticks = [f"{x:.1f}\n{name.replace(', ', chr(10))}" for name, x in x_of.items()]
-    for axis, name in zip(axes, ("tunnel", "tunnel_8")):
-        experiment = EXPERIMENTS[name]
-        shown = [row for row in experiment.rows if row not in ONLY_IN_TABLE]
-        for row, marker in zip(shown, itertools.cycle("osdPvXD^*")):
-            points = []
-            for column, x in x_of.items():
-                times = [times_base(line) for line in lines_of(kept, experiment, row, column)]
-                if times:
-                    points.append((x, statistics.mean(times)))
+def draw_tunnel(path, own=()):
+    """Reward against noise, a line per objective; own: more cells of the left panel."""
+    figure, axes = panels(2, 4.8)
+    nats = noise_of_columns()
+    for axis, name, mu in zip(axes, ("tunnel", "tunnel_8"), ("two", "eight")):
+        found = kept_of(name)[0] | dict(own if name == "tunnel" else ())
+        rows = [row for row in dict.fromkeys(row for row, _ in found) if row != ONLY_IN_TABLE]
+        for row, marker in zip(rows, itertools.cycle("osdPvXD^*")):
             style = {"color": COLOURS.get(row, "tab:olive"), "marker": marker}
-            axis.plot(*zip(*points), label=row, markersize=5, **style)
+            draw_means(axis, nats, [found[row, column] for column in NOISES], row, **style)
         draw_base(axis, 1)
-        axis.set(xlabel="noise of log ρ̂ in nats, and the estimate that has it", ylim=(0, None))
-        axis.set_xticks(list(x_of.values()), ticks)
-    axes[0].set(title="two updates per batch (μ = 2)", ylabel="reward, times that of the base")
-    axes[1].set(title="eight updates per batch (μ = 8)")
+        ticks = [f"{x:.1f}\n{column.replace(', ', chr(10))}" for x, column in zip(nats, NOISES)]
+        axis.set_xticks(nats, ticks)
+        axis.set(title=f"{mu} updates per batch", ylim=(0, None))
+        axis.set_xlabel("noise of log ρ̂ in nats, and the estimate that has it")
+    axes[0].set_ylabel("reward, times that of the base")
     finish(figure, axes[0], path)
 
-SHORTER = {"coupled, K = 2": "pair", "coupled, K = 4": "2 pairs", "shared, K = 1": "shared",
-           "coupled and shared, K = 2": "pair, shared", "per token, K = 1": "per token"}
 
-def draw_prices(kept, path):
-    """Noise of the ratio against the cost of an estimate."""
-    figure, axes = panels(1, 2, 4.4, sharey=True)
-    titles = ("addition, B = 2", "sudoku, B = 4")
-    for axis, title, prices in zip(axes, titles, noise.read("prices").values()):
-        ticks = sorted({found["tokens"] for found in prices.values()})
-        for name, found in prices.items():
-            x = found["tokens"]
-            y = max(statistics.mean(found["later"]), 0.01)
-            axis.plot(x, y, "o", color="dimgrey")
-            side = "right" if x == ticks[0] else "left"
-            text = f"   {SHORTER.get(name, name)}   "
-            height = "top" if name == "shared, K = 1" else "center"
-            axis.text(x, y, text, ha=side, va=height)
-        axis.set(title=title, xlabel="tokens read per answer", xscale="log", yscale="log")
-        axis.set_xlim(ticks[0] * 0.4, ticks[-1] * 2.4)
-        axis.set_xticks(ticks, ticks)
-        axis.set_yticks([0.01, 0.1, 1, 10], ["0", "0.1", "1", "10"])
-        axis.minorticks_off()
-    axes[0].set_ylabel("noise of log ρ̂ after 8 updates, nats")
-    figure.savefig(path, metadata={"Date": None})
-
-DRAW = {"plot": draw_main_job, "noise": draw_noise, "blocks": draw_blocks,
-        "sizes": draw_sizes, "drift": draw_drift, "tunnel": draw_tunnel, "prices": draw_prices}
+DRAW = {
+    "plot": draw_square,
+    "noise": draw_noise,
+    "blocks": draw_blocks,
+    "tunnel": draw_tunnel,
+}

@@ -1,307 +1,425 @@
-"""The results page: missing runs, then tables and figures, which are made from kept lines alone.
+"""What does the results page say of the kept lines? And what does your own loss do?
 
-    python .github/results/measure.py [NAME ..]      make what is not kept, of all experiments or of
-                                                     these; then tables and figures
-    python .github/results/measure.py --page         only tables and figures
-    python .github/results/measure.py --loss FILE    your own loss in the wind tunnel (18 runs)
+    python .github/results/measure.py --page         README.md from page.md, and the figures
+    python .github/results/measure.py NAME ..        make the runs of these experiments here, print
+                                                     their tables, keep their lines in the folder
+    python .github/results/measure.py --loss FILE    your own loss in the wind tunnel: FILE is Python
+                                                     and puts one or several into stabledrl.LOSSES
 
-FILE is Python, and puts one loss or several into stabledrl.LOSSES. Runs that were stopped go on
-with --resume.
+In page.md {{..}} is an expression of Python, so that each number of the prose is one of the kept
+lines; holds(..) says nothing, but reports a sentence that they do not bear out. What stands between
+<!-- if NAME --> and <!-- end --> is left out while fewer than three seeds of it are complete.
 """
 
 import argparse
-import itertools
+import functools
+import json
+import re
 import runpy
 import statistics
 import sys
+import textwrap
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import noise
 from experiments import (
-    BOTH, EXPERIMENTS, HERE, NOISES, NOT_MADE, OBJECTIVES, S, is_whole, keep, lines_of, make_lines,
-    read_kept, register, runs_of, times_base)
+    BEST_RATES,
+    EXPERIMENTS,
+    HERE,
+    MACHINES,
+    NOISES,
+    OBJECTIVES,
+    POLICIES,
+    Experiment,
+    S,
+    kept_of,
+    lines_of,
+    make_lines,
+    noise_of_columns,
+    product,
+    read_lines,
+    register,
+    times_base,
+)
 
-# ==== What a cell of a table says of its kept lines ===============================================
+# ==== Numbers =====================================================================================
 
-def spread_of(numbers, form=".2f"):
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def pm(numbers, digits=2):
     """mean ± standard deviation."""
-    numbers = list(numbers)
-    if len(numbers) < 2:
-        return ""
-    return f"{statistics.mean(numbers):{form}} ± {statistics.stdev(numbers):{form}}"
+    return S.over_seeds(list(numbers), digits).replace("-", "−") if numbers else "–"
 
-def outcome(lines):
-    """† marks a cell with a run that ended with a number that is not finite."""
-    mark = " †" if any(line["failed"] for line in lines) else ""
-    return spread_of(map(times_base, lines)) + mark
 
-def each_seed(lines):
-    return " / ".join(f"{times_base(line):.2f}" for line in lines)
+def av(numbers, digits=2):
+    return f"{statistics.mean(numbers):.{digits}f}" if numbers else "–"
 
-def last_accuracy(lines):
-    return spread_of((line["accuracy"][-1] for line in lines), ".3f")
 
-def last_drift(lines):
-    return spread_of((line["drift"][-1] for line in lines), ".1f")
+def some(truths):
+    """Of how many it is true."""
+    truths = list(truths)
+    return f"{sum(truths)} of {len(truths)}"
 
-def base_reward(lines):
-    return spread_of((line["base"] for line in lines), ".3f")
 
-def median_noise(lines):
-    return spread_of(statistics.median(line["noise_std"]) for line in lines)
+def interval(numbers, others):
+    """95 % interval of the mean paired difference (t distribution) -> (low, high)."""
+    differences = [a - b for a, b in zip(numbers, others)]
+    n = len(differences)
+    half = T_95[n] * statistics.stdev(differences) / n**0.5
+    return statistics.mean(differences) - half, statistics.mean(differences) + half
 
-def largest_ratio(lines):
-    return f"{max(itertools.chain(*(line['ratio_max'] for line in lines))):.0e}"
 
-def noise_from_to(lines):
-    logs = [line["spread"] for line in lines if line["spread"]]
-    if max(map(max, logs)) < 0.01:
-        return "none"
-    return " / ".join(f"{log[0]:.1f} → {log[-1]:.1f}" for log in logs)
+def ahead(numbers, others):
+    """Mean paired difference, and its 95 % interval."""
+    if len(numbers) < 2 or numbers == others:
+        return "–"
+    low, high = interval(numbers, others)
+    return f"{(low + high) / 2:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
+
+
+def order(numbers, others):
+    """What a paired test says of the means."""
+    if len(numbers) > 1:
+        low, high = interval(numbers, others)
+        if low > 0 or high < 0:
+            return "ahead of" if low > 0 else "behind"
+    return "not told apart from"
+
+
+def of(name, row, column, measure=times_base):
+    """Of a cell of an experiment: a number for each seed."""
+    return [measure(line) for line in kept_of(name)[0][row, column]]
+
+
+def versus(name, column, row, other):
+    """Two rows of an experiment, in words."""
+    pair = of(name, row, column), of(name, other, column)
+    return f"{order(*pair)} {other} ({ahead(*pair)})"
+
+
+def rows_with(relation, name, column, other, measure=times_base):
+    """The rows of an experiment that stand in a relation of `order` to another, in words."""
+    others = of(name, other, column, measure)
+    rows = [row for row, of_column in kept_of(name)[0] if of_column == column and row != other]
+    found = [row for row in rows if order(of(name, row, column, measure), others) == relation]
+    return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]])) or "none"
+
+
+def also(name, anchor, number):
+    """A link to a section that is there once its experiment is."""
+    return f", [{number}](#{anchor})" if len(kept_of(name)[1]) > 2 else ""
+
+
+def decision(condition, choice, cell):
+    """A row of the decision table: at μ = 2 and 8 a cell, and its difference from the paper's."""
+    name, row, column = cell
+    cells = [condition, choice]
+    for mu in ("μ = 2", "μ = 8"):
+        numbers = of(name, row, column.format(mu))
+        few = f" ({len(numbers)} seeds)" if len(numbers) < 5 else ""
+        whole = of("shared", "StableDRL, ε = 5", f"{mu}: anew")
+        cells += [pm(numbers) + few, ahead(numbers, whole)]
+    return f"| {' | '.join(cells)} |"
+
+
+def held(line):
+    """Times the base on held-out prompts."""
+    return 0.0 if line["failed"] else line["held_out"] / line["held_out_base"]
+
+
+def share(label, what):
+    return f"{100 * statistics.median(noise.read('shares')[label][what]):.0f} %"
+
+
+def whole_drifts(policy):
+    """The logs of drift.json that reach 400 updates."""
+    return [log for log in noise.read("drift")[policy] if len(log["drift"]) == 11]
+
+
+def growth(policy, column):
+    """Of noise in nats, run by run."""
+    return [log[column][-1] - log[column][0] for log in whole_drifts(policy)]
+
 
 # ==== Tables ======================================================================================
+
 
 def table(head, rows):
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-def heading(column, measure):
-    if column in NOISES:
-        column = f"{column}: {noise.noise_of(column):.1f} nats"
-    return ", ".join(filter(None, (column, measure)))
 
-def grid(name, once={}, measures={"": outcome}):
-    """-> function that makes the table of an experiment. measures: what a cell says; once: what is
-    said of a row, from the lines of its first column."""
-    def make(kept):
-        experiment, rows = EXPERIMENTS[name], []
-        first, *_ = experiment.columns
-        for row in experiment.rows:
-            lines = lines_of(kept, experiment, row, first)
-            cells = [row, *(measure(lines) for measure in once.values())]
-            for column in experiment.columns:
-                lines = lines_of(kept, experiment, row, column)
-                cells += [measure(lines) for measure in measures.values()]
-            rows.append(cells)
-        pairs = itertools.product(experiment.columns, measures)
-        return table(["", *once, *(heading(*pair) for pair in pairs)], rows)
-    return make
+def outcome(lines):
+    """† marks a cell with a run that ended with a number that is not finite."""
+    mark = " †" if any(line["failed"] for line in lines) else ""
+    return pm([times_base(line) for line in lines]) + mark
 
-def parts_table(kept):
-    """Each part, and seed by seed against StableDRL as a whole."""
-    parts, rows = EXPERIMENTS["parts"], []
-    for row in parts.rows:
-        cells = [row]
-        for column in parts.columns:
-            lines = lines_of(kept, parts, row, column)
-            whole = map(times_base, lines_of(kept, parts, "StableDRL, ε = 5", column))
-            differences = [times_base(line) - times for line, times in zip(lines, whole)]
-            ahead = spread_of(differences, "+.2f")
-            cells += [outcome(lines), ahead.replace("± +", "± ")]
+
+def base_reward(lines):
+    return pm([line["base"] for line in lines], 3)
+
+
+def noise_at_start(lines):
+    """Of log ρ̂ where ρ = 1, in the first 40 updates."""
+    return av([line["spread"][0] for line in lines if line["spread"]] or [0], 1)
+
+
+def drift_at_end(lines):
+    return av([line["drift"][-1] for line in lines], 1)
+
+
+def first_and_last(lines):
+    return " / ".join(f"{line['reward'][0]:.2f} → {line['reward'][-1]:.2f}" for line in lines)
+
+
+def grid(found, once=(), measures=(("", outcome),), against=None):
+    """The table of an experiment. measures: what a cell says; once: what is said of a row, from the
+    lines of its last column; against: the row from which paired differences are shown."""
+    columns = list(dict.fromkeys(column for _, column in found))
+    titles, rows = ["", *(title for title, _ in once)], []
+
+    def say(measure, row, column):
+        return measure(found[row, column]) if found.get((row, column)) else ""
+
+    for column in columns:
+        titles += [", ".join(filter(None, (column, title))) for title, _ in measures]
+        titles += ["paired difference"] if against else []
+    for row in dict.fromkeys(row for row, _ in found):
+        cells = [row, *(say(measure, row, columns[-1]) for _, measure in once)]
+        for column in columns:
+            cells += [say(measure, row, column) for _, measure in measures]
+            if against:
+                pair = found[row, column], found[against, column]
+                cells.append(ahead(*([*map(times_base, lines)] for lines in pair)))
         rows.append(cells)
-    return table(["", "μ = 2", "ahead of ε = 5 by", "μ = 8", "ahead of ε = 5 by"], rows)
+    return table(titles, rows)
 
-def price_table(kept):
-    head, rows, prices = ["an estimate"], [], noise.read("prices")
-    for task in ("addition, B = 2", "sudoku, B = 4"):
-        head += [f"{task}: tokens read", "noise at ρ = 1", "after 8 updates", "L̂ − log π"]
-    for name in prices["addition"]:
-        row = [name]
-        for task in prices.values():
-            row.append(str(task[name]["tokens"]))
-            for column in ("same", "later", "estimate"):
-                row.append(f"{statistics.mean(task[name][column]):.2f}")
-        rows.append(row)
+
+def fresh_table(found):
+    """Each objective at its best rate, on seeds that did not choose it."""
+    rows, whole = [], [held(line) for line in found["StableDRL, ε = 5", "times the base"]]
+    for (row, _), lines in found.items():
+        numbers = [held(line) for line in lines]
+        rows.append([row, BEST_RATES[row], pm(numbers), ahead(numbers, whole), outcome(lines)])
+    head = ["", "rate", "held-out prompts", "paired difference", "training prompts"]
     return table(head, rows)
 
-def shares_table(kept):
-    rows = []
-    for label, found in zip(BOTH, noise.read("shares").values()):
-        row = [label]
-        for shares in found.values():
-            row.append(" / ".join(f"{quartile:.2f}" for quartile in statistics.quantiles(shares)))
-        rows.append(row)
-    return table(["quartiles over 50 batches", "all bad answers", "the heaviest answer"], rows)
 
-TAILS = {  # number in tails.json -> what it is, and its form
-    "sigma": ("standard deviation of log ρ̂, all answers together, nats", ".2f"),
-    "good": ("the same of good answers alone", ".2f"),
-    "bad": ("the same of bad answers alone", ".2f"),
-    "own_median": ("an answer's own standard deviation, median, nats", ".2f"),
-    "own_90": ("the same, 90 % quantile", ".2f"),
-    "own_99": ("the same, 99 % quantile", ".2f"),
-    "noisy_answers": ("share of the answers that are above 4 nats", ".3f"),
-    "noisy_variance": ("share of the variance that these answers carry", ".2f"),
-    "kurtosis": ("excess kurtosis of log ρ̂ (0 if normal)", ".1f"),
-    "largest": ("largest of 256 ratios ρ̂, median over batches", ",.0f"),
-    "largest_normal": ("the same, if the noise were normal and equal for all answers", ",.0f"),
-    "largest_own": ("the same, if it were normal with each answer's own deviation", ",.0f"),
+def tunnel_table(found):
+    """With the noise of each column beside its name."""
+    nats = dict(zip(NOISES, noise_of_columns()))
+    return grid(
+        {(row, f"{name}: {nats[name]:.1f} nats"): lines for (row, name), lines in found.items()}
+    )
+
+
+TAILS = {  # number in tails.json -> what it is, and its digits
+    "sigma": ("deviation of log ρ̂, all completions together, nats", 2),
+    "good": ("the same, good completions", 2),
+    "bad": ("the same, bad completions", 2),
+    "own_median": ("a completion's own deviation, median, nats", 2),
+    "noisy": ("share of the completions that are above 4 nats", 3),
+    "noisy_variance": ("share of the variance that these carry", 2),
+    "largest": ("largest of 256 ratios ρ̂, median over batches", 0),
+    "largest_normal": ("the same, if the noise were normal, with one deviation for all", 0),
 }
 
-def tails_table(kept):
-    seeds, rows = noise.read("tails")["seeds"], []
-    for name, (label, form) in TAILS.items():
-        rows.append([label, *(f"{numbers[name]:{form}}" for numbers in seeds)])
-    return table(["base policy of", *(f"seed {seed}" for seed in range(len(seeds)))], rows)
 
-def growth_table(kept):
-    """Noise of the base policies, and what a fit of log σ to log B and log L gives."""
-    points, (factor, by_B, by_L) = noise.growth(kept)
-    points["none: extrapolated"] = 32, 256, None
+def tails_table():
     rows = []
-    for task, (B, L, sigma) in points.items():
-        fit = factor * B**by_B * L**by_L
-        rows.append([task, str(B), str(L), f"{sigma:.1f}" if sigma else "", f"{fit:.1f}"])
-    head = ["base policies of", "B", "L", "σ, nats", f"{factor:.2f} · B^{by_B:.2f} · L^{by_L:.2f}"]
-    return table(head, rows)
+    for name, (label, digits) in TAILS.items():
+        rows.append([label, pm([seed[name] for seed in noise.read("tails")["seeds"]], digits)])
+    return table(["", "five base policies"], rows)
 
-def drift_table(kept):
-    """The first and the last noise of each run, mean over seeds."""
+
+def shares_table():
     rows = []
-    for policy, seeds in noise.read("drift").items():
-        row = [policy, spread_of((log["drift"][-1] for log in seeds), ".1f")]
+    for label, found in noise.read("shares").items():
+        quartiles = [statistics.quantiles(numbers) for numbers in found.values()]
+        rows.append([label, *(" / ".join(f"{x:.2f}" for x in three) for three in quartiles)])
+    return table(["quartiles over 50 batches", *found], rows)
+
+
+def drift_table():
+    """Means over the runs that reached the end, at the start and there."""
+    rows = []
+    for policy in POLICIES:
+        whole = whole_drifts(policy)
+        row = [policy, str(len(whole)), pm([log["drift"][-1] for log in whole], 1)]
         for column in ("base", "own", "good", "bad"):
-            ends = [(log[column][0], log[column][-1]) for log in seeds]
-            row.append(" → ".join(f"{statistics.mean(numbers):.1f}" for numbers in zip(*ends)))
+            row.append(" → ".join(av([log[column][i] for log in whole], 1) for i in (0, -1)))
         rows.append(row)
-    return table(["", "drift at the end, nats", "noise on the base's answers", "on its own",
-                  "on its own good ones", "on its own bad ones"], rows)
+    head = ["", "seeds", "drift at the end, nats", "noise on the base's completions"]
+    return table([*head, "on its own", "on its own good ones", "on its own bad ones"], rows)
 
-def diversity_table(kept):
-    head, rows, found = [""], [], noise.read("diversity")
-    for name in ("2,400 updates", "from bases of 0.04, 600 updates"):
-        head += [f"{name}: right", "solved once in 8", "entropy, nats"]
-    for row in found["best_long"]:
-        cells = [row]
-        for seeds in (found["best_long"][row], found["best_low"][row]):
-            for column in ("right", "solved", "entropy"):
-                cells.append(spread_of(numbers[column] for numbers in seeds))
-        rows.append(cells)
-    return table(head, rows)
 
-BLOCKS = {
-    "once": {"base reward": base_reward, "largest ρ̂ of GRPO": largest_ratio},
-    "measures": {"": outcome, "noise": noise_from_to},
+BASE = ("base reward", base_reward)
+NOISE = ("noise", noise_at_start)
+AGAINST_5 = functools.partial(grid, against="StableDRL, ε = 5")
+NOISED = functools.partial(grid, against="noise on none")
+TABLES = {  # of an experiment -> how it is shown, if not by `grid` as it is
+    "fresh": fresh_table,
+    "tunnel": tunnel_table,
+    "tunnel_8": tunnel_table,
+    "parts": AGAINST_5,
+    "left": AGAINST_5,
+    "one_sided": functools.partial(grid, measures=[("", outcome), ("drift", drift_at_end)]),
+    "tasks": functools.partial(grid, once=[BASE, NOISE]),
+    "sizes": functools.partial(grid, once=[BASE, NOISE]),
+    "larger": functools.partial(grid, measures=[("", first_and_last)]),
+    "blocks": functools.partial(grid, once=[BASE], measures=[("", outcome), NOISE]),
 }
-TABLES = {
-    "main": grid("main", measures={
-        "times the base": outcome, "each seed": each_seed, "accuracy": last_accuracy,
-        "noise, nats": median_noise}),
-    "length": grid("length"),
-    "norm": grid("norm"),
-    "lr": grid("lr"),
-    "blocks_addition": grid("blocks_addition", **BLOCKS),
-    "blocks_sudoku": grid("blocks_sudoku", **BLOCKS),
-    "ratio_8": grid("ratio_8"),
-    "mu_1": grid("mu_1"),
-    "slow": grid("slow"),
-    "ratio": grid("ratio", once={"noise under GRPO, nats": median_noise}),
-    "blocks": grid("blocks", **BLOCKS),
-    "tunnel": grid("tunnel"),
-    "tunnel_8": grid("tunnel_8"),
-    "best_rates": grid("best_rates"),
-    "best_long": grid("best_long"),
-    "best_low": grid("best_low"),
-    "digits": grid("digits"),
-    "sizes": grid("sizes", once={"base reward": base_reward, "noise under GRPO, nats": median_noise}),
-    "growth": growth_table,
-    "drift": drift_table,
-    "diversity": diversity_table,
-    "parts": parts_table,
-    "cut": grid("cut"),
-    "spikes": grid("spikes"),
-    "release": grid("release"),
-    "tasks": grid("tasks", once={
-        "base reward": base_reward, "noise under GRPO, nats": median_noise}),
-    "trust": grid("trust"),
-    "one_sided": grid("one_sided", measures={"times the base": outcome, "drift, nats": last_drift}),
-    "prices": price_table,
-    "shares": shares_table,
-    "tails": tails_table,
+TABLES |= {name: NOISED for name in EXPERIMENTS if name.startswith("injected")}
+OTHERS = {  # no experiments: function, and where it was measured
+    "tails": (tails_table, "xeon"),
+    "shares": (shares_table, "xeon"),
+    "drift": (drift_table, "h100"),
 }
 
-def page_with_tables(page, kept):
-    """The text of the page, with what stands between markers made anew: command and table."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
-        made = make(kept)
-        if name in EXPERIMENTS and name not in NOT_MADE:
-            made = f"`{EXPERIMENTS[name].command(name)}`\n\n{made}"
-        page = before + begin + made + end + after
-    return page
 
-# ==== Command line ================================================================================
+def show(name):
+    """What makes it, machine, date and seeds, and the table."""
+    if name in OTHERS:
+        make, machine = OTHERS[name]
+        return f"`measure.py {name}` · {MACHINES[machine]}\n\n{make()}"
+    found, seeds = kept_of(name)
+    machine = MACHINES[EXPERIMENTS[name].machine]
+    numbers = ", ".join(map(str, seeds))
+    return f"`measure.py {name}` · {machine} · seeds {numbers}\n\n{TABLES.get(name, grid)(found)}"
 
-def measure(names, out):
-    """Make what is not kept, and keep it. Forks first: see `launch` in stabledrl.py."""
-    kept = read_kept()
-    for name in names:
-        if name in NOT_MADE:
-            continue
-        missing = []
-        for run, config in runs_of([EXPERIMENTS[name]]).items():
-            if run not in kept or not is_whole(kept[run], config):
-                missing.append(config)
-        S.report(f"{name}: {len(missing)} runs")
-        kept |= make_lines(missing, out)
-        keep(kept)
-    for name in ("drift", "diversity", "tails", "shares"):  # the last two run backward here
-        if not (HERE / f"{name}.json").exists():
-            getattr(noise, f"measure_{name}")(out)
 
-def own_loss(file, out, resume):
-    """Make the wind tunnel's runs at μ = 2 for the losses that a file registers. Print their rows
-    below the kept ones, and draw all lines. Nothing is written but to the folder `out`."""
-    before = set(S.LOSSES)
+# ==== Page, runs, your own loss ===================================================================
+
+BROKEN = []  # sentences that the kept lines do not bear out
+
+
+def wrap(paragraph):
+    """Lines of at most 100 columns; tables, commands, headings and code stay as they are."""
+    items = re.split(r"\n(?=\* |\d\. )", paragraph)
+    if re.search(r"^(\||`|#|<|!|    )", paragraph, re.MULTILINE):
+        return paragraph
+    indent = re.match(r"(\* |\d\. )?", paragraph).end() * " "
+    options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": indent}
+    return "\n".join(textwrap.fill(" ".join(item.split()), 100, **options) for item in items)
+
+
+def holds(truth):
+    """Nothing; but a sentence that is not true is reported by `values`."""
+    return "" if truth else "NOT TRUE"
+
+
+def values(text):
+    """Each {{expression}} becomes its value."""
+
+    def value(match):
+        found = str(eval(match[1]))
+        if found == "NOT TRUE":
+            BROKEN.append(match[1])
+        return found
+
+    return re.sub(r"{{(.*?)}}", value, text, flags=re.DOTALL)
+
+
+def fill(template):
+    """page.md -> README.md."""
+
+    def section(match):
+        return match[2] + match[3] if len(kept_of(match[1])[1]) > 2 else ""
+
+    sections = r"<!-- if (\S+) -->\n(.*?)<!-- end -->\n(\n?)"
+    text = values(re.sub(sections, section, template, flags=re.DOTALL))
+    return "\n\n".join(map(wrap, text.split("\n\n"))) + "\n"
+
+
+def make_page():
+    page = fill((HERE / "page.md").read_text("utf-8"))
+    (HERE / "README.md").write_text(page, "utf-8")
+    import figures
+
+    for name, draw in figures.DRAW.items():
+        draw(HERE.parent / "figures" / f"{name}.svg")
+    for expression in BROKEN:
+        print("not what the kept lines say:", expression)
+    sys.exit(len(BROKEN) > 0)
+
+
+def make_experiment(name, out, resume):
+    """Make its runs here, with base policies of this machine, and print its table."""
+    if name in noise.MEASURE:
+        return noise.MEASURE[name](out)
+    made = make_lines(out, resume, EXPERIMENTS[name].configs())
+    with open(Path(out, "lines.jsonl"), "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in made)
+    found, _ = lines_of(EXPERIMENTS[name], {line["run"]: line for line in made})
+    print(TABLES.get(name, grid)(found))
+
+
+def own_losses(file):
+    """Run the file -> label -> flags of each loss that it registers. One with a name of this page
+    gets another."""
+    before, own = dict(S.LOSSES), {}
     runpy.run_path(file)
-    own = {name: f"--loss {name}" for name in S.LOSSES if name not in before}
+    for name in [name for name, loss in S.LOSSES.items() if loss is not before.get(name)]:
+        label = name
+        if name in before:
+            label = f"my_{name}"
+            S.LOSSES[label], S.LOSSES[name] = S.LOSSES[name], before[name]
+            print(f"{file} has a {name} of its own: it is run as {label}")
+        own[label] = f"--loss {label}"
     if not own:
-        sys.exit(f"measure.py: {file} puts no new name into stabledrl.LOSSES")
-    tunnel = EXPERIMENTS["tunnel"]
-    tunnel.rows = own
-    configs = list(runs_of([tunnel]).values())
-    try:
-        for config in configs:
-            S.check(config, out, resume)
-    except (AssertionError, ValueError) as error:
-        sys.exit(f"measure.py: {error}")
-    kept = read_kept() | make_lines(configs, out)
-    tunnel.rows = OBJECTIVES | own
-    print(grid("tunnel")(kept))
-    draw(["tunnel"], kept, out)
+        sys.exit(f"measure.py: {file} puts no loss into stabledrl.LOSSES")
+    return own
 
-def draw(names, kept, folder):
-    """Into the folder: these figures, or all."""
+
+def own_tunnel(file, seeds, updates, out, resume):
+    """The wind tunnel's runs at μ = 2 for losses of a file: their rows below the kept ones."""
+    common, rows = f"--updates {updates}", own_losses(file)
+    experiment = Experiment(product(rows, NOISES), "epyc", common, seeds)
+    made = {line["run"]: line for line in make_lines(out, resume, experiment.configs())}
+    mine, _ = lines_of(experiment, made)
+    tunnel = Experiment(product(OBJECTIVES, NOISES), "epyc", common)
+    found, _ = lines_of(tunnel, read_lines("epyc"))
+    print(f"seeds {seeds}; rows of the page: seeds 0 to 2, {MACHINES['epyc']}")
+    print(tunnel_table(found | mine))
     try:
         import figures
     except ImportError:
-        return S.report("no figures: pip install matplotlib")
-    for name in names or figures.DRAW:
-        figures.DRAW[name](kept, Path(folder, f"{name}.svg"))
+        return print("no figure: pip install matplotlib")
+    figures.draw_tunnel(Path(out, "tunnel.svg"), mine)
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [*EXPERIMENTS, *noise.MEASURE]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--loss", metavar="FILE")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="of --loss")
+    parser.add_argument("--updates", type=int, default=600, help="of --loss")
     parser.add_argument("--out", default="runs")
     parser.add_argument("--resume", action="store_true")
     given = parser.parse_args(argv)
+    if not set(names) >= set(given.names):
+        parser.error(f"NAME is one of {', '.join(names)}")
+    torch.set_num_threads(1)  # so that a run's log is the same alone and in company
     register()
-    if given.loss:
-        return own_loss(given.loss, given.out, given.resume)
-    if not EXPERIMENTS.keys() >= set(given.names):
-        parser.error(f"the experiments are {', '.join(EXPERIMENTS)}")
-    if not given.page:
-        measure(given.names or EXPERIMENTS, given.out)
-    kept, page = read_kept(), HERE / "README.md"
-    page.write_text(page_with_tables(page.read_text(), kept))
-    draw(None, kept, HERE.parent / "figures")
+    try:
+        for name in given.names:
+            make_experiment(name, given.out, given.resume)
+        if given.loss:
+            own_tunnel(given.loss, given.seed, given.updates, given.out, given.resume)
+    except (AssertionError, ValueError) as error:
+        sys.exit(f"measure.py: {error}")
+    if given.page:
+        make_page()
+
 
 if __name__ == "__main__":
     main()

@@ -15,11 +15,13 @@ import stabledrl as S
 
 torch.set_num_threads(1)
 
+
 def batch(N, P, L):
     """Random prompts (N,P) and completions (N,L) of addition's alphabet."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(13, (N, P + L), generator=generator)
     return tokens[:, :P], tokens[:, P:]
+
 
 def median_seconds(*functions):
     """Of seven calls each, in turn, since the speed of a machine varies with time."""
@@ -31,6 +33,7 @@ def median_seconds(*functions):
             times.append(time.perf_counter() - start)
     return [statistics.median(times[1:]) for times in seconds]  # the first was for warming up
 
+
 @pytest.mark.bench
 @pytest.mark.parametrize("L", [16, 64])
 def test_bench_cached_sampling_against_rereading_all_for_every_token(L):
@@ -40,13 +43,17 @@ def test_bench_cached_sampling_against_rereading_all_for_every_token(L):
     whole = torch.cat((prompts, completions), 1)
     mask = S.block_causal_mask(16 + L, 4)
     positions = torch.arange(16 + L)
+
     def cached():
         S.generate(model, prompts, L, 4)
+
     def one_reading():
         with torch.no_grad():
             model(whole, positions, mask)
+
     fast, slow = median_seconds(cached, one_reading)
     print(f"\nL = {L}: {fast:.3f} s cached, {slow * L:.3f} s reread, {slow * L / fast:.1f} times")
+
 
 @pytest.mark.bench
 def test_bench_one_staircase_pass_against_one_pass_per_block():
@@ -55,8 +62,10 @@ def test_bench_one_staircase_pass_against_one_pass_per_block():
     model = S.BlockDiffusionTransformer(14)
     prompts, completions = batch(32, P, L)
     masks = S.sample_masks(32, K, L, B, torch.Generator().manual_seed(0))
+
     def one_pass():
-        return S.elbo(model, prompts, completions, masks, B)
+        return S.elbo(model, prompts, completions, B, masks)
+
     def per_block():
         total = 0
         for k, start in itertools.product(range(K), range(0, L, B)):
@@ -70,7 +79,9 @@ def test_bench_one_staircase_pass_against_one_pass_per_block():
             log_p = logits.log_softmax(-1).gather(-1, answer[..., None])[..., 0]
             total = total + (B / hidden.sum(-1, keepdim=True) * hidden * log_p).sum(-1) / K
         return total
+
     assert torch.allclose(one_pass(), per_block(), atol=1e-3)
-    fast, slow = median_seconds(lambda: one_pass().sum().backward(),
-                                lambda: per_block().sum().backward())
+    fast, slow = median_seconds(
+        lambda: one_pass().sum().backward(), lambda: per_block().sum().backward()
+    )
     print(f"\n{fast:.3f} s in one pass, {slow:.3f} s block by block, {slow / fast:.1f} times")
