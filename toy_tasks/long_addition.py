@@ -13,8 +13,6 @@ Why they look like this:
 
 import re
 
-import numpy as np
-
 
 class LongAddition:
     """A task, as toy_tasks/__init__.py describes it: operands below 10^digits, written with `width`
