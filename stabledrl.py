@@ -855,9 +855,8 @@ def train(config, base_model, checkpoint=None):
     `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
-    optimizer = torch.optim.Adam(
-        model.parameters(), config.lr, betas=(0.9, 0.99)
-    )  # betas: the authors'
+    betas = (0.9, 0.99)  # the authors'
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas)
     checkpoint = copy.deepcopy(checkpoint or first_checkpoint(config, base_model))
     model.load_state_dict(checkpoint["model"])
     if checkpoint["optimizer"]:
@@ -902,7 +901,7 @@ REFUSED = (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError
 SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # if neither flag is given
 SETTINGS = [field.name for field in dataclasses.fields(Config)]
 BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
-UNNAMED = ("seed", "estimator", "updates", "device")  # has a place in the name, or makes none
+UNNAMED = ("seed", "estimator", "updates", "device")  # not named as setting=value
 PANELS = {"reward": "reward", "ratio_max": "largest ratio", "grad_norm": "gradient norm"}
 COLOURS = "tab:red tab:orange tab:blue tab:cyan tab:green tab:purple tab:brown tab:pink gold black"
 
@@ -937,9 +936,11 @@ def probe(model):
 
 def save(path, model, state):
     """Write a checkpoint under another name, then rename it: if the program is killed, the old file
-    remains, and two programs do not interfere. base: the probe of the policy that it began from."""
+    remains, and two programs do not interfere. `base` is the probe of the policy that the run began
+    from: of the model itself if the state does not say."""
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save({"base": probe(model)} | state | {"probe": probe(model)}, unfinished)
+    own = probe(model)
+    torch.save({"base": own} | state | {"probe": own}, unfinished)
     os.replace(unfinished, path)
 
 
@@ -1037,6 +1038,7 @@ def launch(work, configs, fork):
     if not fork:
         return [work(config) for config in configs]
     jobs = max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())
+    # Without `with`, which would wait for the workers on Ctrl-C. An unused pool ends by itself.
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), start_worker)
     return list(pool.map(work, configs))
 
