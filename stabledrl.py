@@ -1,15 +1,15 @@
 """StableDRL in one file: reinforcement learning for diffusion language models that survives the
-noise on which GRPO collapses.
+noise that makes GRPO collapse.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
 2603.06743. A diffusion language model is a transformer that is shown a text with some tokens
 replaced by [MASK], and predicts them. It writes by filling in [MASK]s: block after block from left
-to right, and within a block in any order. The probability of what it wrote can only be estimated,
-with a random error. Blocks in the toy tasks here are so short that it can also be computed. So the
-error can be measured, and removed.
+to right, and within a block in any order. The probability of what a real model wrote can only be
+estimated, with a random error. In most toy tasks here blocks are so short that it can be computed. So
+the error can be measured, and removed.
 
 How rewards train a model. As a distribution over completions, the model is a *policy* π_θ with
-weights θ. It completes each prompt G times; these G completions are a *group*. A judge gives each
+parameters θ. It completes each prompt G times; these G completions are a *group*. A judge gives each
 completion a reward. Its *advantage* A is that reward minus the mean of its group, in standard
 deviations of the group. It is a *good* completion if A > 0, and a *bad* one if A < 0. Gradient
 ascent on Σ A·log π_θ(completion) raises the expected reward as long as π_θ is the policy that wrote
@@ -38,10 +38,13 @@ StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then div
 group by their sum.
 
 The sections:
-  §1 Transformer    what is the model?            §5 Losses         what do GRPO and StableDRL do
-  §2 Sampler        how does it write?                              with the estimate?
-  §3 Estimate       how likely is what it wrote?  §6 Training       how does it all run?
-  §4 Noise          how wrong is that estimate?   §7 Command line   files, flags, processes, figure
+  §1 Transformer    what is the model?
+  §2 Sampler        how does it write?
+  §3 Estimate       how likely is what it wrote?
+  §4 Noise          how wrong is that estimate?
+  §5 Losses         what do GRPO and StableDRL do with it?
+  §6 Training       how does it all run?
+  §7 Command line   files, flags, processes, table and figure
 If you have half an hour, read this page, §5, and `one_batch` in §6.
 
 Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
@@ -54,7 +57,8 @@ Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
           masks        (N, K, L)  True where a copy shows [MASK] in place of its token. (An attention
                                   mask, `mask`, is another thing: who may look at whom)
           steps        (N, L)     the step of its block, 0..B−1, at which a token was written
-  log π̂   log_prob     (N,)       estimate of log π(y|q) in nats (natural logarithm)
+  log π̂   log_prob     (N,)       estimate of log π(y|q), or of a lower bound of it, in nats (units
+                                  of the natural logarithm)
   log ρ̂   log_ratio    (N,)       log π̂_θ − log π̂_old: one number per completion
   A       advantages   (N,)       reward relative to the group
   ε       clip_eps                ratios are clipped to [1−ε, 1+ε]
@@ -97,8 +101,7 @@ from toy_tasks import TASKS, decode, encode
 #   * [MASK] can be an input but never a prediction, so the sampler cannot write it.
 #   * `read` returns the keys and values of what it has read, the *cache*. A later `read` goes on
 #     from there, so finished text is read once.
-# In shapes, S tokens are read now, and T − S tokens before them are in the cache. H is the number of
-# heads, D the features of a head.
+# Shapes: S tokens are read now; with those in the cache they are T. H heads of D features each.
 
 
 def rotate(x, rotation):
@@ -123,8 +126,8 @@ class Layer(nn.Module):
         )
 
     def forward(self, x, rotation, mask, cache):
-        """x (N,S,d_model), mask (S,T), cache (2,M,H,T−S,D) or None -> (N,S,d_model), and the keys
-        and values of all T tokens, the new cache (2,N,H,T,D)."""
+        """x (N,S,d_model), mask (S,T), cache (2,M or N,H,T−S,D) or None -> (N,S,d_model), and the
+        keys and values of all T tokens, the new cache (2,N,H,T,D)."""
         qkv = self.qkv(self.norm1(x))  # (N, S, 3·d_model)
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
@@ -166,14 +169,15 @@ class BlockDiffusionTransformer(nn.Module):
         of one tensor per layer. mask (S,T); cache: what an earlier `read` returned, or None if no
         text stands before."""
         exponents = torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim
-        rotation = torch.exp(1j * positions[:, None] * 10_000.0**-exponents)  # (S, D/2)
+        angles = positions[:, None] * 10_000.0**-exponents  # (S, D/2)
+        rotation = torch.exp(1j * angles)
         x = self.embed(tokens)  # (N, S, d_model)
         new_cache = []
         for i, layer in enumerate(self.layers):
             x, keys_values = layer(x, rotation, mask, cache[i] if cache else None)
             new_cache.append(keys_values)
         logits = self.head(self.norm(x))
-        return F.pad(logits, (0, 1), value=-math.inf), new_cache  # column = token id
+        return F.pad(logits, (0, 1), value=-math.inf), new_cache  # −∞ for [MASK], the last id
 
 
 def block_causal_mask(length, block_size, device=None):
@@ -189,8 +193,8 @@ def block_causal_mask(length, block_size, device=None):
 
 
 def check_lengths(block_size, *lengths):
-    """AssertionError unless all are multiples of block_size. The sampler begins a block behind the
-    prompt, and the masks count blocks from its first token. They agree only if B divides P."""
+    """AssertionError unless all are multiples of block_size. The sampler's first block begins right
+    after the prompt, and the masks count blocks from the prompt's first token: B must divide P."""
     for length in lengths:
         assert length % block_size == 0, (
             f"lengths {lengths} must be multiples of block_size {block_size}"
@@ -203,13 +207,12 @@ def check_lengths(block_size, *lengths):
 #   * *Where* is chosen at random (order="random").
 #   * *What* is drawn from the model's prediction for that place.
 # So π(block) is the mean over the B! orders of ∏ over the steps of p(the token that was written). RL
-# trains this policy, and `reward` in the log is its reward. With B = 1 there is one order, and the
-# model factorises like a GPT.
+# trains this policy, and `reward` in the log is its reward.
 #
-# Real models mostly write where they are surest (order="confidence"), since their completions are
-# then better. That is another policy, whose probabilities are not this mean: the order follows from
-# θ, and changes while θ moves. §3 and §4 do not describe it. Here it serves for evaluation, with the
-# likeliest token at each place: this is `accuracy` in the log.
+# Real models mostly write the most confident place first (order="confidence"), since their
+# completions are then better. That is another policy, whose probabilities are not this mean: the
+# order follows from θ, and changes while θ moves. §3 and §4 do not describe it. Here it serves for
+# evaluation, with the likeliest token at each place: this is `accuracy` in the log.
 #
 # For B = 2 each step reads what stands right of the bar. The rest is cached. _ is [MASK].
 #     |12+34=      12+34=|__   12+34=|4_   12+34=|46      12+34=46|__   12+34=46|_.
@@ -233,7 +236,8 @@ def generate(
     0 takes the likeliest token. (§3 and §4 score temperature 1.) FloatingPointError for logits that
     are NaN or +∞."""
     prompts = torch.as_tensor(prompts)
-    (M, P), L, B, device = prompts.shape, completion_len, block_size, prompts.device
+    M, P = prompts.shape
+    L, B, device = completion_len, block_size, prompts.device
     check_lengths(B, P, L)
     assert order in ("random", "confidence"), f"order is 'random' or 'confidence', not {order!r}"
     assert 0 <= temperature < math.inf, f"temperature is at least 0 and finite, not {temperature}"
@@ -248,16 +252,15 @@ def generate(
         block_positions, block_mask = positions[begin:end], mask[begin:end, :end]  # all True
         columns = slice(begin - P, end - P)
         block = completions[:, columns]  # (N, B), a view: writing here writes there
-        uniform = torch.rand(
-            block.shape, generator=generator, device=device
-        )  # the largest comes first
+        # For a random order: a number for each place, and the place with the largest is written first.
+        uniform = torch.rand(block.shape, generator=generator, device=device)
         for step in range(B):
             logits, _ = model.read(block, block_positions, block_mask, cache)  # (N, B, vocab)
             priority = uniform if order == "random" else logits.softmax(-1).amax(-1)  # (N, B)
             priority = priority.masked_fill(block != model.mask_id, -1)  # not again
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
             logits = logits.take_along_dim(place[:, :, None], dim=1)[:, 0]  # (N, vocab)
-            if not logits.logsumexp(-1).isfinite().all():  # that of [MASK] is −∞ by design
+            if not logits.logsumexp(-1).isfinite().all():  # one logit, that of [MASK], is −∞
                 raise FloatingPointError("the model's logits are not finite")
             token = logits.argmax(-1, keepdim=True)  # (N, 1)
             if temperature > 0:
@@ -328,7 +331,7 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     check_lengths(block_size, P, L)
     block = staircase_positions(P, L, copies, device) // block_size  # (S,) 0, 1, ..
     index = torch.arange(len(block), device=device)  # (S,)
-    copy_of = ((index - P) // L).clamp(min=0)  # (S,) k in noisy copy k, 0 in all clean text
+    copy_of = ((index - P) // L).clamp(min=0)  # (S,) k in noisy copy k; 0 in prompt and clean text
     from_block, to_block = block[:, None], block[None, :]
     from_copy, to_copy = copy_of[:, None], copy_of[None, :]
     clean_to_clean = (from_copy == 0) & (to_copy == 0) & (from_block >= to_block)
@@ -376,7 +379,8 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
          probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it. (BD3-LM hides each token with a probability t, uniform on (0, 1),
-    and divides by t. Its mean is the same ELBO: ∫ t^(m−1)·(1−t)^(B−m) dt = 1/(m·C(B,m)).)"""
+    and divides by t. Its mean is the same ELBO: a set of m tokens has the weight
+    ∫ t^m·(1−t)^(B−m)/t dt = 1/(m·C(B,m)) there, and 1/B · 1/C(B,m) · B/m here.)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     blocks = (-1, block_size)
     log_p, hidden = log_p.unflatten(-1, blocks), masks.unflatten(-1, blocks)  # (N, K, L/B, B)
@@ -398,14 +402,14 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 # σ, then E[e^η] = e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios would
 # be e² = 7 times too large on average. Real noise has heavier tails (README's figure), and the average
 # is larger still. Bad completions are the noisy ones: improbable tokens move the estimate most, and
-# most of them are wrong.
+# they are mostly wrong tokens.
 #
 # What lowers the noise?
 #   * More copies: σ falls as 1/√K. Coupled copies (below) are better than independent ones.
-#   * Shared masks (--shared_masks): both estimates of a ratio use the same masks. Where θ = θ_old
-#     the ratio is then exactly 1, and later most of the error cancels. For fresh masks at each
-#     update that takes μ old estimates, made before the first update, while θ is still θ_old. The
-#     paper makes one, and draws masks anew for each new estimate.
+#   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
+#     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its own,
+#     so there are μ old estimates of a batch, all made before its first update. (The paper makes
+#     one old estimate, and draws masks anew for each new one.)
 #   * Another ratio: `trajectory`, below, costs B copies and uses no random numbers.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
@@ -460,7 +464,8 @@ def every_pattern(model, prompts, completions, block_size):
         f"exact likelihoods need 2^B - 1 copies: block_size {B} is above {MAX_EXACT_BLOCK}"
     )
     sets = torch.arange(1, 2**B, device=completions.device)  # place i is hidden if bit i is 1
-    patterns = (sets[:, None] >> torch.arange(B, device=sets.device)) % 2 == 1  # (2^B−1, B)
+    places = torch.arange(B, device=sets.device)
+    patterns = (sets[:, None] >> places) % 2 == 1  # (2^B−1, B), for B = 2: [1 0], [0 1], [1 1]
     masks = patterns.repeat(1, L // B).expand(len(completions), -1, -1)  # (N, 2^B−1, L)
     log_p = token_log_probs(model, prompts, completions, B, masks)  # (N, 2^B−1, L)
     return patterns, log_p.unflatten(-1, (-1, B))
@@ -481,19 +486,21 @@ def exact_log_likelihood(model, prompts, completions, block_size, masks=None, st
     set h is hidden, and the rest is right. In the state before, one more place i was hidden. The
     sampler chose it with probability 1/|h∪{i}|, and wrote y_i there. So
         reach[h] = Σ_{i not in h} reach[h∪{i}] / |h∪{i}| · p(y_i while h∪{i} is hidden)
-    For B = 2: π = ½ p(a) p(b|a) + ½ p(b) p(a|b). For B = 6 these are 6·2⁵ = 192 terms, in place of
-    720 orders with 6 factors each."""
+    For B = 2 and a block ab:
+        reach[{a,b}] = 1,   reach[{b}] = ½ p(a),   reach[{a}] = ½ p(b),
+        π = reach[{}] = reach[{b}]·p(b|a) + reach[{a}]·p(a|b)
+    For B = 6 these are 6·2⁵ = 192 terms, in place of 720 orders with 6 factors each."""
     _, log_p = every_pattern(model, prompts, completions, block_size)  # (N, 2^B−1, L/B, B)
     everything = 2**block_size - 1  # sets are integers: place i is hidden if bit i is 1
     log_reach = {everything: torch.zeros_like(log_p[:, 0, :, 0])}  # (N, L/B) each
-    for hidden in range(everything - 1, -1, -1):  # a set with one bit more is a larger number
+    for h in range(everything - 1, -1, -1):  # a set with one bit more is a larger number
         terms = []
         for i in range(block_size):
-            if hidden >> i & 1 == 0:  # i is not in the set: it is the one that was written
-                before = hidden + 2**i  # the set with i in it
+            if not h & 2**i:  # i is not in the set: it is the one that was written
+                before = h + 2**i  # the set with i in it
                 write_token = log_p[:, before - 1, :, i]  # (N, L/B); set s is row s−1
                 terms.append(log_reach[before] + write_token - math.log(before.bit_count()))
-        log_reach[hidden] = torch.stack(terms).logsumexp(0)
+        log_reach[h] = torch.stack(terms).logsumexp(0)
     return log_reach[0].sum(-1)
 
 
@@ -517,9 +524,9 @@ ESTIMATORS = {
 #     in between    ρ̂              ρ̂                     ρ̂
 #     ρ̂ > 1+ε       0              ρ̂, however large      1+ε
 #     divisor       N              N                     M · Σ of the weights of its group
-# GRPO leaves one case without a bound, the *open case*: a bad completion with a large ratio. Its
-# reason is that a bad completion that has become likelier must be pulled back hard, and with an
-# exact ratio that is sound. With an estimate, ρ̂ = 1,000 mostly says that the noise was 6.9 nats.
+# GRPO leaves one case without a bound, the *open case*: a bad completion with a large ratio. It means
+# that a bad completion that has become likelier must be pulled back hard. With an exact ratio that is
+# sound. With an estimate, ρ̂ = 1,000 mostly says that the noise was 6.9 nats.
 #
 # Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g, so that a descent step raises
 # Σ A·log π̂. Their *value* is 0 there: GRPO's since Σ A = 0, the others' since log ρ̂ = 0. That is no
@@ -537,11 +544,11 @@ def group_advantages(rewards, group_size):
     (If rewards are 0 or 1, and a prompt is solved with probability p, this happens with probability
     p^G + (1−p)^G.)
 
-    Is mean A·g the gradient of the expected reward? Yes, if g is the gradient of log π (that of a
-    lower bound points a little elsewhere), up to two habits of GRPO. The mean of the group contains the
-    completion's own reward, which costs a factor 1 − 1/G. And the division gives more weight to
-    prompts that are nearly always or nearly never solved. (For G = 2 and rewards of 0 or 1 the two
-    cancel: a test adds it all up.)"""
+    Is mean A·g the gradient of the expected reward? If g is the gradient of log π (that of a lower
+    bound is another), it is, but for two habits of GRPO:
+      * The mean of the group contains the completion's own reward: a factor 1 − 1/G.
+      * The division gives more weight to prompts that are nearly always or nearly never solved.
+    (For G = 2 and rewards of 0 or 1 the two cancel: a test adds it all up.)"""
     check_batch(group_size, rewards)
     groups = (rewards * 1.0).view(-1, group_size)  # (M, G); 1.0: whole numbers to floats
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
@@ -561,8 +568,7 @@ def check_batch(group_size, *tensors):
 
 def safe_exp(log_ratio):
     """exp of log_ratio (N,), but above 80 value and gradient are those at 80, since float32 ends at
-    e^88. (A clamp would make the gradient 0. And if the norm of all gradients overflows, the run is
-    stopped: see `one_batch`.)"""
+    e^88. (A clamp would make the gradient 0.)"""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
 
@@ -579,18 +585,18 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     ratio = safe_exp(log_ratio)  # (N,)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # counts only where it lowers the objective
     per_sequence = torch.minimum(ratio * advantages, clipped * advantages)
-    return -(per_sequence / len(per_sequence)).sum()  # the mean, whose sum cannot overflow
+    return -(per_sequence / len(per_sequence)).sum()  # the mean; divided first, it cannot overflow
 
 
 def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     """StableDRL: log_ratio (N,), advantages (N,) -> scalar, the mean over groups. Its negative
     gradient is, for a group,  Σ_j w_j A_j g_j / Σ_j w_j  with  w_j = clip(ρ̂_j, 1−ε, 1+ε). In GRPO
     ∇ρ̂ = ρ̂·g supplies weight and g at once. Here the weights are constants that we choose, and
-    log_ratio supplies g, since ∇log ρ̂ = g.
+    log_ratio supplies g, since ∇log ρ̂ = g. (Without `detach` there would be a term A·log ρ̂·∇w.)
 
     What does it gain? The update of a group is a weighted mean of its A_j·g_j, so its norm is at
-    most max_j |A_j|·‖g_j‖, whatever the ratios are. `train` clips the norm of the gradient anyway,
-    and Adam rescales it. But no clipping of a norm mends a *direction*, and the weights decide which
+    most max_j |A_j|·‖g_j‖, whatever the ratios are. `one_batch` clips the norm of the gradient
+    anyway, and Adam rescales it. But no clipping of a norm mends a *direction*, and the weights decide which
     completions make it. With ε = 5, beside seven completions of ratio 1, a noisy one has at most
     (1+ε)/(1+ε+7) = 6/13 of its group's weight. Without line 1 it may have all of it, and without
     line 2 groups with large ratios outweigh the others.
@@ -653,7 +659,7 @@ class Config:
     estimator: str = "elbo"  # how log pi is estimated, sections 3 and 4
     masks: str = "independent"  # or coupled, which needs an even number of copies; section 4
     shared_masks: bool = False  # both estimates of a ratio use the same masks, section 4
-    copies: int = 1  # K, noisy copies behind one estimate
+    copies: int = 1  # K, noisy copies per estimate
     clip_eps: float = None  # epsilon of the clip; None: the loss's own, section 5
     lr: float = 1e-4  # learning rate of RL
     prompts: int = 32  # prompts per batch of completions
@@ -762,16 +768,16 @@ def pretrain(config):
 
 
 def one_batch(config, model, optimizer, done, truths=None):
-    """The algorithm: `done` updates have been made, and this makes the next μ -> batch, rewards
-    (N,), and of each update log ρ̂ (N,) and the norm of the gradient before it is clipped. The list
-    `truths`, if there is one, gets log π (N,) of the policy before each update. FloatingPointError
-    for an update that is not finite: it is not made."""
+    """The algorithm: `done` updates have been made, and this makes the next μ. -> the batch, its
+    rewards (N,), and two lists: log ρ̂ (N,) of each update, and the norm of its gradient before it is
+    clipped. The list `truths`, if there is one, gets log π (N,) of the policy before each update.
+    FloatingPointError for an update that is not finite: it is not made."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # for your loss
+    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # if your loss is random
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -799,7 +805,7 @@ def one_batch(config, model, optimizer, done, truths=None):
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # if one is not, the sum is not
+        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # one that is not spoils the sum
             raise FloatingPointError(
                 f"update {done + len(log_ratios) + 1} was not made: loss {loss:.3g}, "
                 f"gradient norm {grad_norm:.3g}"
@@ -850,8 +856,8 @@ def first_checkpoint(config, base_model):
 def train(config, base_model, checkpoint=None):
     """RL from the base policy, or on from a checkpoint: yields a checkpoint whenever a row of the
     log is due, a dict of `model` and `optimizer` (states) and `rows` (dicts) so far. A row has means
-    over all updates since the row before; `ratio_max` is a maximum, and what `evaluate` finds,
-    noise_std, drift and seconds (since this call) are of now. It touches no file. Errors: see
+    over all updates since the row before, and for `ratio_max` the maximum; what `evaluate` finds,
+    noise_std, drift and seconds (since this call) are measured at its update. It touches no file. Errors: see
     `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
@@ -881,7 +887,7 @@ def train(config, base_model, checkpoint=None):
                 row[name] = sum(numbers) / len(numbers)
             row["ratio_max"] = max(recent["ratio_max"])
             if truths:  # at the last update of the batch: how far is log ρ̂ from log ρ?
-                noise = log_ratios[-1] - (truths[-1] - truths[0])
+                noise = log_ratios[-1] - (truths[-1] - truths[0])  # log ρ̂ − log ρ
                 drift = truths[0] - true_log_prob(base_model, **batch)  # mean: KL(π_old ‖ π_base)
                 row["noise_std"] = noise.std(correction=0).item()
                 row["drift"] = drift.mean().item()
@@ -895,13 +901,13 @@ def train(config, base_model, checkpoint=None):
 # ==== §7  Command line ============================================================================
 # Nothing here belongs to the method: files, flags, processes, a table and a figure. `train` yields
 # checkpoints, and `run` writes them down. A run that goes on is `train` with its last checkpoint. A
-# file also has `probe` and `base`, by which other weights than the right ones are noticed.
+# file also has `probe` and `base`, which tell whether it is of another model or another base.
 
 REFUSED = (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)
 SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # if neither flag is given
 SETTINGS = [field.name for field in dataclasses.fields(Config)]
 BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
-UNNAMED = ("seed", "estimator", "updates", "device")  # not named as setting=value
+UNNAMED = ("seed", "estimator", "updates", "device")  # never named as setting=value
 PANELS = {"reward": "reward", "ratio_max": "largest ratio", "grad_norm": "gradient norm"}
 COLOURS = "tab:red tab:orange tab:blue tab:cyan tab:green tab:purple tab:brown tab:pink gold black"
 
@@ -1106,14 +1112,17 @@ def table(policies):
 
 
 def plot(policies, path):
-    """A panel for each of PANELS (column of the log: title). Seeds are thin, and their mean is
-    thick, as far as all of them go. A cross marks the end of a run that failed."""
+    """A panel for each of PANELS (column of the log: title). Seeds are thin. Their mean, on
+    a logarithmic axis their median, is thick, as far as all of them go. A cross marks the end of a
+    run that failed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2 + 0.1 * len(policies)), layout="constrained")
     axes, colours = figure.subplots(1, len(PANELS)), COLOURS.split()
     for axis, (column, title) in zip(axes, PANELS.items()):
-        scale, absent = ("linear", 0) if column == "reward" else ("log", math.nan)  # no log of 0
+        scale, absent, average = "log", math.nan, np.median  # there is no log of 0
+        if column == "reward":
+            scale, absent, average = "linear", 0, np.mean
         axis.set(title=title, xlabel="update", yscale=scale)
         for i, (label, seeds) in enumerate(policies.items()):
             style = {"color": colours[i % 10], "linestyle": ("-", "--", ":")[i // 10 % 3]}
@@ -1123,11 +1132,11 @@ def plot(policies, path):
                 lines.append([row.get(column) or absent for row in rows])
                 mark = "x" if failed else ""
                 axis.plot(updates, lines[-1], marker=mark, markevery=[-1], linewidth=0.6, **style)
-            mean = [np.mean(numbers) for numbers in zip(*lines)]  # ends with the shortest
+            middle = [average(numbers) for numbers in zip(*lines)]  # ends with the shortest
             if column == "reward":
                 base = {"color": "grey", "linestyle": ":", "label": "" if i else "base policy"}
-                axis.axhline(mean[0], **base)
-            axis.plot(updates[: len(mean)], mean, linewidth=2, label=label, **style)
+                axis.axhline(middle[0], **base)
+            axis.plot(updates[: len(middle)], middle, linewidth=2, label=label, **style)
     axes[0].set_ylim(0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path)

@@ -644,8 +644,10 @@ def curve(*rewards, **columns):
 def test_the_figure_shows_seeds_thin_their_mean_thick_and_where_one_failed(tmp_path, monkeypatch):
     """A panel for each column: rewards on a linear axis from 0 with plain ticks, the others
     logarithmic. The mean goes as far as all seeds, and the one that failed up to its end."""
+    wild = curve(0.2, 0.3, 0.7, ratio_max=1e6, grad_norm=1e4)
+    three_curves = (curve(0.2, 0.4, 0.5), wild, curve(0.2, 0.35, 0.6))
     policies = {
-        "good": [(curve(0.2, 0.4, 0.5), False), (curve(0.2, 0.3, 0.7), False)],
+        "good": [(rows, False) for rows in three_curves],
         "bad": [(curve(0.2, 0.1), True), (curve(0.2, 0.1, 0.0), False)],
     }
     figure = draw(policies, tmp_path / "plot.svg", monkeypatch)
@@ -658,10 +660,10 @@ def test_the_figure_shows_seeds_thin_their_mean_thick_and_where_one_failed(tmp_p
     assert reward.yaxis.get_offset_text().get_text() == ""
     lines = [line for line in reward.lines if len(line.get_xdata()) > 1]
     drawn = {line: list(line.get_ydata()) for line in lines}
-    base = [line for line in lines if drawn[line] == [0.2, 0.2]]
+    base = [line for line in lines if drawn[line] == pytest.approx([0.2, 0.2])]
     assert [line.get_label() for line in base][0] == "base policy"
     for label, mean, seeds in (
-        ("good", [0.2, 0.35, 0.6], [[0.2, 0.4, 0.5], [0.2, 0.3, 0.7]]),
+        ("good", [0.2, 0.35, 0.6], [[0.2, 0.4, 0.5], [0.2, 0.3, 0.7], [0.2, 0.35, 0.6]]),
         ("bad", [0.2, 0.1], [[0.2, 0.1], [0.2, 0.1, 0.0]]),
     ):
         (thick,) = [line for line in lines if line.get_label() == label]
@@ -672,6 +674,10 @@ def test_the_figure_shows_seeds_thin_their_mean_thick_and_where_one_failed(tmp_p
         for line, (_, failed) in zip(thin, policies[label], strict=True):
             assert (line.get_marker() == "x") == failed and line.get_markevery() == [-1]
         assert thick.get_marker() in ("", "None")
+    for axis, column in zip(others, ("ratio_max", "grad_norm")):
+        seeds = [[row[column] for row in rows[1:]] for rows in three_curves]
+        (thick,) = [line for line in axis.lines if line.get_label() == "good"]
+        assert list(thick.get_ydata())[1:] == [*map(statistics.median, zip(*seeds))]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["base policy", "good", "bad"]
 
