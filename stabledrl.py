@@ -5,16 +5,17 @@ Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language 
 2603.06743. A diffusion language model is a transformer that is shown a text with some tokens
 replaced by [MASK], and predicts them. It writes by filling in [MASK]s: block after block from left
 to right, and within a block in any order. The probability of what a real model wrote can only be
-estimated, with a random error. In most toy tasks here blocks are so short that it can be computed. So
-the error can be measured, and removed.
+estimated, with a random error. In most toy tasks here blocks are so short that the exact one can be
+computed. So the error can be measured, and removed.
 
 How rewards train a model. As a distribution over completions, the model is a *policy* π_θ with
-parameters θ. It completes each prompt G times; these G completions are a *group*. A judge gives each
-completion a reward. Its *advantage* A is that reward minus the mean of its group, in standard
+parameters θ. It completes each prompt G times; these G completions are a *group*. A judge gives
+each completion a reward. Its *advantage* A is that reward minus the mean of its group, in standard
 deviations of the group. It is a *good* completion if A > 0, and a *bad* one if A < 0. Gradient
 ascent on Σ A·log π_θ(completion) raises the expected reward as long as π_θ is the policy that wrote
 the completions, π_old. This is REINFORCE: the gradient of E[reward] is E[reward·∇log π_θ]. A number
 that does not depend on the completion may be subtracted from the reward, since E[∇log π_θ] = 0.
+(The mean of the group does depend on it a little: see §5.)
 
 After one optimiser step (an *update*) π_θ is another policy. To use the completions for μ updates,
 PPO and GRPO weight them by the *importance ratio* ρ = π_θ/π_old. The reason is importance sampling:
@@ -23,10 +24,10 @@ one. So E_old[ρ·A·∇log π_θ] is the gradient of the expected reward again;
 since ∇ρ = ρ·∇log π_θ. At the first update every ρ is 1.
 
 Why GRPO breaks on such a model:
-  1. A block can be written in many orders. Its probability is the mean over all orders of the
-     product of the probabilities of its tokens. That is too much to compute for a real model, with
-     blocks of 32 tokens or more. So log π is *estimated*, with random numbers (§3), and instead of
-     ρ one has ρ̂ = exp(log π̂_θ − log π̂_old).
+  1. A block can be written in many orders. If the order is random, its probability is the mean over
+     all orders of the product of the probabilities of its tokens. That is too much to compute for a
+     real model, with blocks of 32 tokens or more. So log π is *estimated*, with random numbers
+     (§3), and instead of ρ one has ρ̂ = exp(log π̂_θ − log π̂_old).
   2. exp magnifies noise: a completion whose ρ is 1 may get a ρ̂ of 10,000 (§4).
   3. GRPO maximises min(ρ̂·A, clip(ρ̂)·A), so the clip counts only where it makes the objective
      smaller (§5). With ρ̂ = 10,000 a good completion gets weight 0, and a bad one weight 10,000.
@@ -45,7 +46,7 @@ The sections:
   §5 Losses         what do GRPO and StableDRL do with it?
   §6 Training       how does it all run?
   §7 Command line   files, flags, processes, table and figure
-If you have half an hour, read this page, §5, and `one_batch` in §6.
+If you have half an hour, read this docstring, §5, and `one_batch` in §6.
 
 Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
   q       prompts      (M, P)     M prompts of P tokens each; in the task of addition, "12+34="
@@ -101,7 +102,7 @@ from toy_tasks import TASKS, decode, encode
 #   * [MASK] can be an input but never a prediction, so the sampler cannot write it.
 #   * `read` returns the keys and values of what it has read, the *cache*. A later `read` goes on
 #     from there, so finished text is read once.
-# Shapes: S tokens are read now; with those in the cache they are T. H heads of D features each.
+# Shapes: S tokens are read now, T is S plus the tokens in the cache; H heads have D features each.
 
 
 def rotate(x, rotation):
@@ -133,7 +134,7 @@ class Layer(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
         keys_values = torch.stack((rotate(k, rotation), v))  # (2, N, H, S, D)
         if cache is not None:
-            samples = len(x) // cache.shape[1]  # a prompt is cached once for N/M completions
+            samples = len(x) // cache.shape[1]  # a prompt is in the cache once for N/M completions
             cache = cache.repeat_interleave(samples, dim=1)  # (2, N, H, T−S, D)
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
         y = F.scaled_dot_product_attention(rotate(q, rotation), *keys_values, attn_mask=mask)
@@ -165,9 +166,9 @@ class BlockDiffusionTransformer(nn.Module):
         return self.read(tokens, positions, mask)[0]
 
     def read(self, tokens, positions, mask, cache=None):
-        """Read tokens that follow a cached text -> logits (N,S,vocab_size), and the new cache, a list
-        of one tensor per layer. mask (S,T); cache: what an earlier `read` returned, or None if no
-        text stands before."""
+        """Read tokens that follow a cached text -> logits (N,S,vocab_size), and the new cache, a
+        list of one tensor per layer. mask (S,T); cache: what an earlier `read` returned, or None if
+        no text stands before."""
         exponents = torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim
         angles = positions[:, None] * 10_000.0**-exponents  # (S, D/2)
         rotation = torch.exp(1j * angles)
@@ -194,7 +195,8 @@ def block_causal_mask(length, block_size, device=None):
 
 def check_lengths(block_size, *lengths):
     """AssertionError unless all are multiples of block_size. The sampler's first block begins right
-    after the prompt, and the masks count blocks from the prompt's first token: B must divide P."""
+    after the prompt, and the masks count blocks from the prompt's first token. Both agree only if B
+    divides P."""
     for length in lengths:
         assert length % block_size == 0, (
             f"lengths {lengths} must be multiples of block_size {block_size}"
@@ -206,16 +208,17 @@ def check_lengths(block_size, *lengths):
 # the block, chooses one masked place, and writes a token there:
 #   * *Where* is chosen at random (order="random").
 #   * *What* is drawn from the model's prediction for that place.
-# So π(block) is the mean over the B! orders of ∏ over the steps of p(the token that was written). RL
-# trains this policy, and `reward` in the log is its reward.
+# So π(block) is the mean over the B! orders of ∏ over the steps of p(the token that was written).
+# RL trains this policy, and `reward` in the log is its reward.
 #
 # Real models mostly write the most confident place first (order="confidence"), since their
 # completions are then better. That is another policy, whose probabilities are not this mean: the
-# order follows from θ, and changes while θ moves. §3 and §4 do not describe it. Here it serves for
-# evaluation, with the likeliest token at each place: this is `accuracy` in the log.
+# order follows from θ, and changes while θ moves. §3 and §4 do not describe it. Since it is how
+# such models are used, it serves for evaluation, with the likeliest token at each place: this is
+# `accuracy` in the log.
 #
-# For B = 2 each step reads what stands right of the bar. The rest is cached. _ is [MASK].
-#     |12+34=      12+34=|__   12+34=|4_   12+34=|46      12+34=46|__   12+34=46|_.
+# For B = 2 each step reads what stands in brackets. The rest is cached. _ is [MASK].
+#     [12+34=]     12+34=[__]  12+34=[4_]  12+34=[46]     12+34=46[__]  12+34=46[_.]
 # The first and the fourth reading only fill the cache.
 
 
@@ -249,10 +252,11 @@ def generate(
     _, cache = model.read(prompts, positions[:P], mask[:P, :P])
     for begin in range(P, P + L, B):
         end = begin + B
-        block_positions, block_mask = positions[begin:end], mask[begin:end, :end]  # all True
+        block_positions = positions[begin:end]
+        block_mask = mask[begin:end, :end]  # True everywhere: a block sees itself and all before it
         columns = slice(begin - P, end - P)
         block = completions[:, columns]  # (N, B), a view: writing here writes there
-        # For a random order: a number for each place, and the place with the largest is written first.
+        # For a random order each place draws a number, and that with the largest is written first.
         uniform = torch.rand(block.shape, generator=generator, device=device)
         for step in range(B):
             logits, _ = model.read(block, block_positions, block_mask, cache)  # (N, B, vocab)
@@ -260,7 +264,7 @@ def generate(
             priority = priority.masked_fill(block != model.mask_id, -1)  # not again
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
             logits = logits.take_along_dim(place[:, :, None], dim=1)[:, 0]  # (N, vocab)
-            if not logits.logsumexp(-1).isfinite().all():  # one logit, that of [MASK], is −∞
+            if not logits.logsumexp(-1).isfinite().all():  # not logits.isfinite(): [MASK] has −∞
                 raise FloatingPointError("the model's logits are not finite")
             token = logits.argmax(-1, keepdim=True)  # (N, 1)
             if temperature > 0:
@@ -274,11 +278,11 @@ def generate(
 
 
 # ==== §3  Estimate ================================================================================
-# How likely is what it wrote? Hide tokens, and ask for them. In every block draw a count m uniformly
-# from 1..B, and put [MASK] in place of m random tokens. (This is the *forward process* of diffusion:
-# it destroys a text.) The log-probabilities that the model gives to them, times B/m and summed,
-# estimate log π(completion): see `elbo`. Pretraining maximises this estimate, and RL uses it as
-# log π̂.
+# How likely is what it wrote? Hide tokens, and ask for them. In every block draw a count m
+# uniformly from 1..B, and put [MASK] in place of m random tokens. (This is the *forward process* of
+# diffusion: it destroys a text.) The log-probabilities that the model gives to them, times B/m and
+# summed, estimate log π(completion): see `elbo`. Pretraining maximises this estimate, and RL uses
+# it as log π̂.
 #
 # One pass scores all blocks. Each must be predicted from the true text before it, without a look at
 # the tokens that are hidden from it. So the model reads the completion clean (nothing hidden), and
@@ -331,7 +335,7 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     check_lengths(block_size, P, L)
     block = staircase_positions(P, L, copies, device) // block_size  # (S,) 0, 1, ..
     index = torch.arange(len(block), device=device)  # (S,)
-    copy_of = ((index - P) // L).clamp(min=0)  # (S,) k in noisy copy k; 0 in prompt and clean text
+    copy_of = ((index - P) // L).clamp(min=0)  # (S,) k in noisy copy k, 0 in clean text and prompt
     from_block, to_block = block[:, None], block[None, :]
     from_copy, to_copy = copy_of[:, None], copy_of[None, :]
     clean_to_clean = (from_copy == 0) & (to_copy == 0) & (from_block >= to_block)
@@ -361,26 +365,28 @@ def token_log_probs(model, prompts, completions, block_size, masks):
 
 def elbo(model, prompts, completions, block_size, masks, steps=None):
     """log π̂ in nats (N,): the mean over K copies of Σ_blocks B/m · Σ_{i hidden} log p(y_i). Every
-    block of every copy must hide a token, as m divides. (All estimators have these arguments, used
-    or not.)
+    block of every copy must hide a token, since it is divided by m. (All estimators have these
+    arguments, used or not.)
 
     It is an unbiased estimate of a lower bound of log π. One block is enough for the argument,
     since log π of a completion is the sum over its blocks.
       1. The sampler writes the B tokens one per step, in random order:
-             π(block) = mean over all B! orders of  ∏ over the B steps of  p(token | what is visible)
+             π(block) = mean over all B! orders of  ∏ over the steps of  p(token | what is visible)
       2. The log of a mean is at least the mean of the logs (Jensen's inequality):
              log π(block) ≥ mean over orders of  Σ over steps of  log p
                           = B · (mean of log p over a random step of a random order)
       3. A prediction depends on which tokens are visible, not on the order in which they were
-         written. So this is also a mean over sets. When a random step begins, m tokens are hidden, with
-         m uniform on 1..B. In a random order every set of m tokens is equally likely to be the
+         written. So this is also a mean over sets. When a random step begins, m tokens are hidden,
+         with m uniform on 1..B. In a random order every set of m tokens is equally likely to be the
          hidden one, and each of its tokens equally likely to be written next. So the mean in 2. is
          a mean over m, and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with
          probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
-    an unbiased estimate of it. (BD3-LM hides each token with a probability t, uniform on (0, 1),
-    and divides by t. Its mean is the same ELBO: a set of m tokens has the weight
-    ∫ t^m·(1−t)^(B−m)/t dt = 1/(m·C(B,m)) there, and 1/B · 1/C(B,m) · B/m here.)"""
+    an unbiased estimate of it.
+
+    BD3-LM hides each token with a probability t, uniform on (0, 1), and divides by t. That is the
+    same ELBO: a set of m tokens has the weight ∫ t^m·(1−t)^(B−m)/t dt = 1/(m·C(B,m)) in BD3-LM, and
+    P(m)·P(set | m)·B/m = 1/B · 1/C(B,m) · B/m here."""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     blocks = (-1, block_size)
     log_p, hidden = log_p.unflatten(-1, blocks), masks.unflatten(-1, blocks)  # (N, K, L/B, B)
@@ -390,26 +396,24 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 
 
 # ==== §4  Noise ===================================================================================
-# How wrong is that estimate, and how can its noise be removed? Take one block with B = 2. One token is
-# certain, and the other has p = 0.01, log p = −4.6, whatever is visible. Then log π̂ is
-#     −4.6 if both are hidden (m = 2: one time in two),
-#      0   if only the certain one is (m = 1: one time in four),
-#     −9.2 if only the unlikely one is (m = 1: one time in four).
-# That is right on average. But log π̂_θ and log π̂_old have different random masks, and may differ by
-# 9.2 though θ = θ_old: then ρ̂ = e^9.2 = 10,000 where ρ = 1.
+# How wrong is that estimate, and how can its noise be removed? Take one block with B = 2. One token
+# is certain, and the other has p = 0.01, log p = −4.6, whatever is visible. Then log π̂ is −4.6 if
+# both are hidden (probability ½), 0 if only the certain one is (¼), and −9.2 if only the unlikely
+# one is (¼). That is right on average. But log π̂_θ and log π̂_old have different random masks, and
+# may differ by 9.2 though θ = θ_old: then ρ̂ = e^9.2 = 10,000 where ρ = 1.
 #
-# Let η be the noise of that difference: ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation
-# σ, then E[e^η] = e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios would
-# be e² = 7 times too large on average. Real noise has heavier tails (README's figure), and the average
-# is larger still. Bad completions are the noisy ones: improbable tokens move the estimate most, and
-# they are mostly wrong tokens.
+# Let η be the noise of log ρ̂, so that ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation
+# σ, then E[e^η] = e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios
+# would be e² = 7 times too large on average. Real noise has heavier tails (README's figure), and
+# the average is larger still. Bad completions are the noisy ones: improbable tokens move the
+# estimate most, and improbable tokens are mostly wrong.
 #
 # What lowers the noise?
 #   * More copies: σ falls as 1/√K. Coupled copies (below) are better than independent ones.
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
-#     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its own,
-#     so there are μ old estimates of a batch, all made before its first update. (The paper makes
-#     one old estimate, and draws masks anew for each new one.)
+#     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
+#     own, so there are μ old estimates of a batch, all made before its first update. (The paper
+#     makes one old estimate, and draws masks anew for each new one.)
 #   * Another ratio: `trajectory`, below, costs B copies and uses no random numbers.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
@@ -417,9 +421,9 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
-    """(N,K,L) bool in pairs (DiffuCoder, arXiv 2506.20639): in each block copy K/2 + k hides exactly
-    the tokens that copy k shows; but if copy k hides all, so does its partner. So each token is
-    hidden at least once. In the example above a pair always gives −4.6. Each copy alone is
+    """(N,K,L) bool in pairs (DiffuCoder, arXiv 2506.20639): in each block copy K/2 + k hides
+    exactly the tokens that copy k shows; but if copy k hides all, so does its partner. So each
+    token is hidden at least once. In the example above a pair always gives −4.6. Each copy alone is
     distributed as in `sample_masks`, since below B the counts m and B − m are equally likely."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     first = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
@@ -439,7 +443,8 @@ def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
 def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
     """log p(completion | prompt, order) in nats (N,), with the order that `generate` returned as
     steps (N,L): Σ log p of each token at the step at which it was written. It uses no random
-    numbers, so the ratio is 1 at θ = θ_old. B copies. (TraceRL, Wang et al., arXiv 2509.06949.)
+    numbers, so the ratio is 1 at θ = θ_old. It costs B copies. (TraceRL, Wang et al., arXiv
+    2509.06949.)
 
     The ratio is not ρ, but that of the pair of completion y and order o. It is a valid weight as
     well: E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o) this is again
@@ -455,9 +460,9 @@ MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies in one pass
 
 
 def every_pattern(model, prompts, completions, block_size):
-    """log p under every way to hide a part of a block: (2^B−1, B) bool patterns, (N, 2^B−1, L/B, B)
-    log p. A pattern hides the same places in all blocks at once. That loses nothing: noisy blocks
-    do not see each other."""
+    """log p under every way to hide a part of a block -> patterns (2^B−1, B) bool, and log p
+    (N, 2^B−1, L/B, B). A pattern hides the same places in all blocks at once. That loses nothing:
+    noisy blocks do not see each other."""
     B, L = block_size, completions.shape[1]
     check_lengths(B, prompts.shape[1], L)
     assert B <= MAX_EXACT_BLOCK, (
@@ -475,16 +480,17 @@ def exact_elbo(model, prompts, completions, block_size, masks=None, steps=None):
     """The mean of `elbo` over all masks that `sample_masks` may draw -> (N,): no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
     # P(m) = 1/B, and P(pattern | m) = 1/C(B,m). Times the ELBO's B/m, that is 1/(C(B,m)·m).
-    weights = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
-    weights = log_p.new_tensor(weights)[:, None] * patterns  # (2^B−1, B)
-    return (weights[:, None] * log_p).sum((1, 2, 3))  # (2^B−1, 1, B) · (N, 2^B−1, L/B, B)
+    of_pattern = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
+    weights = log_p.new_tensor(of_pattern)[:, None] * patterns  # (2^B−1, B), 0 at visible tokens
+    return (weights[:, None] * log_p).sum((1, 2, 3))  # the products are (N, 2^B−1, L/B, B)
 
 
 def exact_log_likelihood(model, prompts, completions, block_size, masks=None, steps=None):
-    """log π(completion | prompt) in nats (N,), of `generate` with order="random" and temperature=1.
-    Per block, reach[h] is the probability that the sampler gets to the state in which exactly the
-    set h is hidden, and the rest is right. In the state before, one more place i was hidden. The
-    sampler chose it with probability 1/|h∪{i}|, and wrote y_i there. So
+    """log π(completion | prompt) in nats (N,), if `generate` writes with order="random" and
+    temperature=1. Per block, reach[h] is the probability that the sampler gets to the state in
+    which exactly the set h is hidden, and the rest is that of the completion. In the state before,
+    one more place i was hidden. The sampler chose it with probability 1/|h∪{i}|, and wrote y_i
+    there. So
         reach[h] = Σ_{i not in h} reach[h∪{i}] / |h∪{i}| · p(y_i while h∪{i} is hidden)
     For B = 2 and a block ab:
         reach[{a,b}] = 1,   reach[{b}] = ½ p(a),   reach[{a}] = ½ p(b),
@@ -524,8 +530,8 @@ ESTIMATORS = {
 #     in between    ρ̂              ρ̂                     ρ̂
 #     ρ̂ > 1+ε       0              ρ̂, however large      1+ε
 #     divisor       N              N                     M · Σ of the weights of its group
-# GRPO leaves one case without a bound, the *open case*: a bad completion with a large ratio. It means
-# that a bad completion that has become likelier must be pulled back hard. With an exact ratio that is
+# GRPO leaves one case without a bound, the *open case*: a bad completion with a large ratio. The
+# intention is to pull a bad completion back that has become likelier. With an exact ratio that is
 # sound. With an estimate, ρ̂ = 1,000 mostly says that the noise was 6.9 nats.
 #
 # Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g, so that a descent step raises
@@ -544,17 +550,17 @@ def group_advantages(rewards, group_size):
     (If rewards are 0 or 1, and a prompt is solved with probability p, this happens with probability
     p^G + (1−p)^G.)
 
-    Is mean A·g the gradient of the expected reward? If g is the gradient of log π (that of a lower
-    bound is another), it is, but for two habits of GRPO:
+    Is mean A·g the gradient of the expected reward? Yes, if g is the gradient of log π (that of a
+    lower bound is another), up to two habits of GRPO:
       * The mean of the group contains the completion's own reward: a factor 1 − 1/G.
       * The division gives more weight to prompts that are nearly always or nearly never solved.
-    (For G = 2 and rewards of 0 or 1 the two cancel: a test adds it all up.)"""
+    (For G = 2 and rewards of 0 or 1 the two cancel, as a test shows.)"""
     check_batch(group_size, rewards)
     groups = (rewards * 1.0).view(-1, group_size)  # (M, G); 1.0: whole numbers to floats
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
     centred = groups - groups.mean(-1, keepdim=True)
     deviation = groups.std(-1, correction=0, keepdim=True)
-    return (centred / (deviation + 1e-6)).flatten()  # without the division: centred.flatten()
+    return (centred / (deviation + 1e-6)).flatten()  # the authors' release does not divide
 
 
 def check_batch(group_size, *tensors):
@@ -595,16 +601,17 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     log_ratio supplies g, since ∇log ρ̂ = g. (Without `detach` there would be a term A·log ρ̂·∇w.)
 
     What does it gain? The update of a group is a weighted mean of its A_j·g_j, so its norm is at
-    most max_j |A_j|·‖g_j‖, whatever the ratios are. `one_batch` clips the norm of the gradient
-    anyway, and Adam rescales it. But no clipping of a norm mends a *direction*, and the weights decide which
-    completions make it. With ε = 5, beside seven completions of ratio 1, a noisy one has at most
-    (1+ε)/(1+ε+7) = 6/13 of its group's weight. Without line 1 it may have all of it, and without
-    line 2 groups with large ratios outweigh the others.
+    most max_j |A_j|·‖g_j‖, whatever the ratios are. The norm is clipped anyway, but no clipping
+    mends a *direction*, and the weights decide which completions make it. Every group counts 1/M.
+    Beside seven completions of ratio 1 a noisy one has at most (1+ε)/(1+ε+7) = 6/13 of its group,
+    if ε = 5; without line 1 it may have all of it, and without line 2 groups with large ratios
+    outweigh the others. (With ε ≥ 1 small ratios are not lifted: beside seven of ratio 0.01 it has
+    nearly all.)
 
     What does it give up? There is no 0 in its column of the table. In GRPO, once the updates of a
-    batch have moved a completion by more than ε in the intended direction, its weight becomes 0, and
-    it is left alone. StableDRL goes on moving it. So ε means two things: that of GRPO (0.2) is a
-    *trust region*, and that of StableDRL (5) cuts a long tail."""
+    batch have moved a completion by more than ε in the intended direction, its weight becomes 0,
+    and it is left alone. StableDRL goes on moving it. So ε means two things: that of GRPO (0.2) is
+    a *trust region*, and that of StableDRL (5) cuts a long tail."""
     check_batch(group_size, log_ratio, advantages)
     log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
     clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))  # line 1: always clip
@@ -636,8 +643,9 @@ LOSSES = {
 # and an estimated one is nothing but noise: use no_ratio then.
 #
 # Prompts, samples and masks each have a random stream of their own, made from the seed and the
-# number of updates done. So all losses with one seed start from the same base policy and see the
-# same prompts, whatever else they draw; and a run that is resumed draws what it would have drawn.
+# number of updates done. So all losses with one seed see the same prompts and use the same random
+# numbers, and a run that is resumed draws what it would have drawn. They also start from the same
+# base policy, since it has a file.
 
 
 @dataclasses.dataclass
@@ -654,7 +662,7 @@ class Config:
     base_accuracy: float = 0.4  # pretraining stops at this accuracy, so that RL has work left
     base_lr: float = 1e-3  # learning rate of pretraining; larger models need a smaller one
     # Reinforcement learning.
-    # (Without --loss and --estimator: grpo and stabledrl, each with elbo and exact.)
+    # (If neither --loss nor --estimator is given: grpo and stabledrl, each with elbo and exact.)
     loss: str = "stabledrl"  # section 5
     estimator: str = "elbo"  # how log pi is estimated, sections 3 and 4
     masks: str = "independent"  # or coupled, which needs an even number of copies; section 4
@@ -742,11 +750,12 @@ def evaluate(model, task, block_size, prompts=500):
 
 def pretrain(config):
     """A policy for RL to start from: maximise the ELBO of right completions until the accuracy is
-    base_accuracy. TimeoutError if 2,000 updates do not suffice."""
+    base_accuracy. (So the accuracy of a base policy is chosen on the held-out prompts, and a little
+    too high.) TimeoutError if 2,000 updates do not suffice."""
     task, B = TASKS[config.task], config.block_size
     model = new_model(config)
     optimizer = torch.optim.Adam(model.parameters(), config.base_lr)
-    rng = np.random.default_rng([config.seed, 0])  # RL has [seed, 1, ..]
+    rng = np.random.default_rng([config.seed, 0])  # RL draws its prompts from [seed, 1, done]
     masking = stream(config, "pretrain")
     bar = tqdm(range(2001), disable=None, bar_format="{desc}, {n} updates, {elapsed}")
     for update in bar:
@@ -769,15 +778,15 @@ def pretrain(config):
 
 def one_batch(config, model, optimizer, done, truths=None):
     """The algorithm: `done` updates have been made, and this makes the next μ. -> the batch, its
-    rewards (N,), and two lists: log ρ̂ (N,) of each update, and the norm of its gradient before it is
-    clipped. The list `truths`, if there is one, gets log π (N,) of the policy before each update.
-    FloatingPointError for an update that is not finite: it is not made."""
+    rewards (N,), and two lists: log ρ̂ (N,) of each update, and the norm of its gradient before it
+    is clipped. The list `truths`, if there is one, gets log π (N,) of the policy before each
+    update. FloatingPointError for an update that is not finite: it is not made."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # if your loss is random
+    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # for random losses
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -805,7 +814,7 @@ def one_batch(config, model, optimizer, done, truths=None):
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # one that is not spoils the sum
+        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # a sum is only if its terms are
             raise FloatingPointError(
                 f"update {done + len(log_ratios) + 1} was not made: loss {loss:.3g}, "
                 f"gradient norm {grad_norm:.3g}"
@@ -818,9 +827,8 @@ def one_batch(config, model, optimizer, done, truths=None):
     return batch, rewards, log_ratios, grad_norms
 
 
-# What is logged. Watch `spread`, the standard deviation of log ρ̂ at the first update of a batch:
-# every true ratio is 1 there, so whatever it shows is noise, and a model of any size can log it.
-# (With shared masks, and with estimators that use no random numbers, it is 0.)
+# What is logged. `spread` is the standard deviation of log ρ̂ at the first update of a batch: every
+# true ratio is 1 there, so whatever it shows is noise, and a model of any size can log it.
 
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
@@ -839,7 +847,7 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size):
     }
 
 
-# log π for the log. Without gradients: otherwise torch would keep all 2^B − 1 copies in memory.
+# log π, to be logged. Without gradients: otherwise torch would keep all 2^B − 1 copies in memory.
 true_log_prob = torch.no_grad()(exact_log_likelihood)
 
 
@@ -854,14 +862,14 @@ def first_checkpoint(config, base_model):
 
 
 def train(config, base_model, checkpoint=None):
-    """RL from the base policy, or on from a checkpoint: yields a checkpoint whenever a row of the
-    log is due, a dict of `model` and `optimizer` (states) and `rows` (dicts) so far. A row has means
-    over all updates since the row before, and for `ratio_max` the maximum; what `evaluate` finds,
-    noise_std, drift and seconds (since this call) are measured at its update. It touches no file. Errors: see
-    `one_batch`, `generate`."""
+    """RL from the base policy, or on from a checkpoint. Whenever a row of the log is due it yields
+    a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far. A row
+    has means over all updates since the row before, and for `ratio_max` the maximum. What
+    `evaluate` finds, noise_std, drift, and seconds (since this call) are measured at its update.
+    `train` touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
-    betas = (0.9, 0.99)  # the authors'
+    betas = (0.9, 0.99)  # as in StableDRL's release
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas)
     checkpoint = copy.deepcopy(checkpoint or first_checkpoint(config, base_model))
     model.load_state_dict(checkpoint["model"])
@@ -901,13 +909,13 @@ def train(config, base_model, checkpoint=None):
 # ==== §7  Command line ============================================================================
 # Nothing here belongs to the method: files, flags, processes, a table and a figure. `train` yields
 # checkpoints, and `run` writes them down. A run that goes on is `train` with its last checkpoint. A
-# file also has `probe` and `base`, which tell whether it is of another model or another base.
+# file also has `probe` and `base`, so that one of another model or another base is refused.
 
 REFUSED = (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)
 SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # if neither flag is given
 SETTINGS = [field.name for field in dataclasses.fields(Config)]
 BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
-UNNAMED = ("seed", "estimator", "updates", "device")  # never named as setting=value
+UNNAMED = ("seed", "estimator", "updates", "device")  # named without "setting=", or not at all
 PANELS = {"reward": "reward", "ratio_max": "largest ratio", "grad_norm": "gradient norm"}
 COLOURS = "tab:red tab:orange tab:blue tab:cyan tab:green tab:purple tab:brown tab:pink gold black"
 
@@ -933,8 +941,8 @@ def base_path(config, out):
 
 
 def probe(model):
-    """Logits for a fixed text: the same weights in another architecture (another norm, another
-    number of heads) give others."""
+    """Logits for a fixed text. The same weights in another architecture (another norm, another
+    number of heads) give other logits."""
     tokens = torch.arange(model.mask_id, device=model.embed.weight.device)
     with torch.no_grad():
         return model(tokens[None], tokens, block_causal_mask(len(tokens), 2, tokens.device)).cpu()
@@ -1039,8 +1047,8 @@ def start_worker():
 
 def launch(work, configs, fork):
     """[work(config) for each], in forked processes, as many at a time as the cores allow; without
-    fork in this one. The process that forks must never have run a backward pass: where torch sees a
-    GPU, the threads that autograd has started are missing in its children."""
+    fork in this one. The process that forks must never have run a backward pass. (Where torch sees
+    a GPU, a backward pass starts threads, and they would be missing in the children.)"""
     if not fork:
         return [work(config) for config in configs]
     jobs = max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())
@@ -1149,7 +1157,7 @@ def main(argv=None):
     try:
         configs, out, resume = parse(argv)
         fork = len(configs) > 1 and sys.platform == "linux" and configs[0].device == "cpu"
-        torch.optim.Adam([torch.zeros(1)])  # loads what else each worker would load anew: a second
+        torch.optim.Adam([torch.zeros(1)])  # loads what each worker would load anew, in 1 s
         launch(functools.partial(trial, out, resume), configs, fork)
         Path(out).mkdir(parents=True, exist_ok=True)
         assert os.access(out, os.W_OK), f"--out {out} cannot be written"

@@ -5,6 +5,8 @@ Why it looks like this:
   * Every block needs the one before it. This is the toy's chain of thought.
   * The reward is 1 for the right final number, and looks at nothing else. The steps are only a
     means: a model may learn to skip them, or to recover from a wrong one.
+
+    python stabledrl.py --task chain --base_accuracy 0.6 --lr 3e-5 --masks coupled --copies 2
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Countdown: reach the target with all three numbers and + - *.
+r"""Countdown: reach the target with all three numbers and + - *.
 
     "3,8,2=22" -> "(3+8)*2."      "5,1,9=14" -> "5*1+9..."
 
@@ -7,6 +7,9 @@ Why it looks like this:
     right: 2*(8+3) as well.
   * The reward is 1 if each number is used once and the target is hit, and 0.1 if the expression is
     only well formed. The judge parses; it runs no code.
+
+    python stabledrl.py --task countdown --base_accuracy 0.2 --d_model 96 --prompts 16 --lr 3e-5 \
+        --masks coupled --copies 2
 """
 
 import functools

@@ -143,7 +143,7 @@ def masks_per_batch(num_seqs, copies, completion_len, block_size, generator):
 
 
 SPIKED = ("grpo", "norm_only", "clip_only", "stabledrl", "no_ratio")
-SIGMAS = (0.5, 1.0, 2.0)  # of injected noise, nats
+SIGMAS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # of injected noise, nats
 INJECTED = {
     "GRPO": ("grpo", S.grpo_loss, 0.2),
     "StableDRL, ε = 1": ("stabledrl", S.stabledrl_loss, 1.0),
@@ -176,6 +176,7 @@ def register():
 
 MACHINES = {  # name of its file of kept lines -> what the page says
     "xeon": "Intel Xeon, 29 November 2026",
+    "genoa": "AMD EPYC (Genoa), 29 November 2026",
     "epyc": "AMD EPYC, 25 to 27 November 2026",
     "h100": "H100 machine, 26 and 27 November 2026",
 }
@@ -260,13 +261,11 @@ SHARING = {
 }
 
 
-def injection(sigma):
-    """Cells of the experiment with injected noise of σ nats: who gets it, under which loss."""
-    cells = {}
-    for (label, (name, _, eps)), who in itertools.product(INJECTED.items(), ("none", *WHO)):
-        loss = f"{name}_{who}_{sigma}" if who in WHO else f"{name} --clip_eps {eps}"
-        cells[f"noise on {who}", label] = f"--loss {loss}"
-    return cells
+INJECTION = {}
+for (label, (name, _, eps)), who in itertools.product(INJECTED.items(), WHO):
+    INJECTION["none", f"{label}: {who}"] = f"--loss {name} --clip_eps {eps}"
+    for sigma in SIGMAS:
+        INJECTION[f"{sigma} nats", f"{label}: {who}"] = f"--loss {name}_{who}_{sigma}"
 
 
 OWN_RATE = {row: flags for row, flags in LEADING.items() if row != "GRPO"}
@@ -282,7 +281,6 @@ BEST_RATES = {  # of those of the experiment "rates": highest mean
 RATES = product(OWN_RATE, {rate: f"--lr {rate}" for rate in ("5e-5", "1e-4", "2e-4", "4e-4")})
 for row in ("GRPO, exact ratio", "VESPO", "good only"):  # they end highest far above 5e-5
     del RATES[row, "5e-5"]
-HIGHER = {row: flags for row, flags in OWN_RATE.items() if "StableDRL" not in row}
 FRESH = {row: f"{flags} --lr {BEST_RATES[row]}" for row, flags in OWN_RATE.items()}
 PLAIN = {"all completions": "--loss no_ratio", "good ones alone": "--loss all_good"}
 TWO_BY_TWO = {}
@@ -340,11 +338,6 @@ SIZES = {
     "3.2 M, 1e-5": "--d_model 256 --n_layer 4 --lr 1e-5",
     "25 M, 1e-5": "--d_model 512 --n_layer 8 --base_lr 1e-4 --lr 1e-5",
 }
-LARGER = {
-    "25 M, 1e-4": "--d_model 512 --n_layer 8 --n_head 8 --lr 1e-4",
-    "25 M, 3e-5": "--d_model 512 --n_layer 8 --n_head 8 --lr 3e-5",
-    "85 M, 1e-5": "--d_model 768 --n_layer 12 --n_head 12 --lr 1e-5 --updates 280",
-}
 BLOCKS = {f"B = {B}": f"--block_size {B}" for B in (1, 2, 4, 8)}
 IN_BLOCKS = TWO | {"GRPO, trajectory": "--loss grpo --estimator trajectory"}
 
@@ -353,13 +346,14 @@ ONE = {"times the base": ""}  # a column
 EXPERIMENTS = {
     "square": Experiment(product(TWO, SQUARE), "xeon", seeds=FIVE),
     "shared": Experiment(product({"GRPO": "--loss grpo"} | STABLEDRL, SHARING), "xeon", seeds=FIVE),
-    "rates": Experiment(RATES, "xeon", seeds=FIVE),
-    "higher": Experiment(product(HIGHER, {"8e-4": "--lr 8e-4"}), "xeon", seeds=range(2)),
-    "fresh": Experiment(product(FRESH, ONE), "xeon", seeds=range(10, 20)),
+    "rates": Experiment(RATES, "genoa", seeds=FIVE),
+    "higher": Experiment(product(OWN_RATE, {"8e-4": "--lr 8e-4"}), "genoa", seeds=range(2)),
+    "fresh": Experiment(product(FRESH, ONE), "genoa", seeds=range(10, 20)),
     "plain": Experiment(product(PLAIN, MU), "xeon", seeds=FIVE),
     "two_by_two": Experiment(TWO_BY_TWO, "xeon", seeds=FIVE),
+    "injected": Experiment(INJECTION, "genoa", "--updates 320 --estimator exact", FIVE),
     "release": Experiment(product(RELEASE, MU), "xeon", seeds=FIVE),
-    "left": Experiment(product(LEADING, LEFT), "xeon", "--mu 8", FIVE),
+    "left": Experiment(product(LEADING, LEFT), "genoa", "--mu 8", FIVE),
     "tunnel": Experiment(product(OBJECTIVES, NOISES), "epyc"),
     "tunnel_8": Experiment(product(OBJECTIVES, NOISES), "epyc", "--updates 600 --mu 8"),
     "one_update": Experiment(product(LEADING, {"μ = 1": "--mu 1", "μ = 2": ""}), "epyc"),
@@ -376,15 +370,10 @@ EXPERIMENTS = {
     ),
     "tasks": Experiment(product(TASKS, TWO), "epyc"),
     "sizes": Experiment(product(SIZES, POLICIES), "h100", f"--updates 600 {GPU}"),
-    "larger": Experiment(product(LARGER, POLICIES), "h100", seeds=(0,)),
     "blocks": Experiment(
         product(BLOCKS, IN_BLOCKS), "h100", f"--updates 200 --task addition5 {SMALL}"
     ),
 }
-for sigma in SIGMAS:
-    EXPERIMENTS[f"injected_{sigma}"] = Experiment(
-        injection(sigma), "xeon", "--updates 320 --estimator exact", FIVE
-    )
 
 # ==== Running and keeping =========================================================================
 

@@ -116,15 +116,13 @@ def also(name, anchor, number):
 
 
 def decision(condition, choice, cell):
-    """A row of the decision table: at μ = 2 and 8 a cell, and its difference from the paper's."""
-    name, row, column = cell
-    cells = [condition, choice]
+    """A row of the decision table: a cell at μ = 2 and 8, and its differences from the paper's."""
+    (name, row, column), numbers, differences = cell, [], []
     for mu in ("μ = 2", "μ = 8"):
-        numbers = of(name, row, column.format(mu))
-        few = f" ({len(numbers)} seeds)" if len(numbers) < 5 else ""
-        whole = of("shared", "StableDRL, ε = 5", f"{mu}: anew")
-        cells += [pm(numbers) + few, ahead(numbers, whole)]
-    return f"| {' | '.join(cells)} |"
+        found = of(name, row, column.format(mu))
+        numbers.append(pm(found))
+        differences.append(ahead(found, of("shared", "StableDRL, ε = 5", f"{mu}: anew")))
+    return f"| {' | '.join([condition, choice, *numbers, *differences])} |"
 
 
 def held(line):
@@ -171,10 +169,6 @@ def noise_at_start(lines):
 
 def drift_at_end(lines):
     return av([line["drift"][-1] for line in lines], 1)
-
-
-def first_and_last(lines):
-    return " / ".join(f"{line['reward'][0]:.2f} → {line['reward'][-1]:.2f}" for line in lines)
 
 
 def grid(found, once=(), measures=(("", outcome),), against=None):
@@ -261,7 +255,6 @@ def drift_table():
 BASE = ("base reward", base_reward)
 NOISE = ("noise", noise_at_start)
 AGAINST_5 = functools.partial(grid, against="StableDRL, ε = 5")
-NOISED = functools.partial(grid, against="noise on none")
 TABLES = {  # of an experiment -> how it is shown, if not by `grid` as it is
     "fresh": fresh_table,
     "tunnel": tunnel_table,
@@ -271,10 +264,8 @@ TABLES = {  # of an experiment -> how it is shown, if not by `grid` as it is
     "one_sided": functools.partial(grid, measures=[("", outcome), ("drift", drift_at_end)]),
     "tasks": functools.partial(grid, once=[BASE, NOISE]),
     "sizes": functools.partial(grid, once=[BASE, NOISE]),
-    "larger": functools.partial(grid, measures=[("", first_and_last)]),
     "blocks": functools.partial(grid, once=[BASE], measures=[("", outcome), NOISE]),
 }
-TABLES |= {name: NOISED for name in EXPERIMENTS if name.startswith("injected")}
 OTHERS = {  # no experiments: function, and where it was measured
     "tails": (tails_table, "xeon"),
     "shares": (shares_table, "xeon"),
