@@ -23,6 +23,7 @@ import your_own_model as Y
 
 torch.set_num_threads(1)
 PAD, MASK = 4, 5  # the other tokens are 0..3
+STABLEDRL = {"loss": S.stabledrl_loss, "clip_eps": 5.0}
 
 
 class Tiny(torch.nn.Module):
@@ -229,6 +230,7 @@ def step(rows, size, change=None, model=None, **options):
     if change:
         change(model, old_log_prob, rewards)
     micro_batches = list(zip(*[x.split(size) for x in batch]))
+    options = STABLEDRL | options
     model.result = Y.training_step(
         model,
         Descent(model),
@@ -280,9 +282,8 @@ def test_gradients_do_not_pile_up_from_step_to_step():
     model = Tiny()
     for _ in range(2):
         arguments = old_log_prob, torch.arange(12), rewards, GROUP_SIZE, MASK
-        _, norm = Y.training_step(
-            model, Descent(model, lr=0), [batch], *arguments, max_grad_norm=1e9
-        )
+        optimizer, options = Descent(model, lr=0), STABLEDRL | {"max_grad_norm": 1e9}
+        _, norm = Y.training_step(model, optimizer, [batch], *arguments, **options)
     assert norm.item() == pytest.approx(expected_gradient(S.stabledrl_loss, 5.0).norm().item())
 
 
@@ -298,7 +299,7 @@ def test_rewarded_completions_become_likelier_and_the_others_less_likely():
     model = Tiny(scale=0.2)
     rows = [place([3, 2], completion, left=2) for completion in ([0, 1], [2, 3], [1, 2], [3, 0])]
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
-    options = dict(rows=torch.arange(4), rewards=rewards, group_size=4)
+    options = STABLEDRL | dict(rows=torch.arange(4), rewards=rewards, group_size=4)
     before = torch.tensor([exact(model, *row) for row in rows])
     for _ in range(10):
         Y.learn(model, Descent(model, lr=0.02), rows, 2, MASK, **options)
@@ -306,16 +307,30 @@ def test_rewarded_completions_become_likelier_and_the_others_less_likely():
     assert gain[rewards == 1].min() > 0.2 and gain[rewards == 0].max() < -0.2
 
 
-def test_the_updates_of_a_batch_share_the_old_estimate_but_no_masks(monkeypatch):
-    """Three updates: four sets of masks, and every update has the old log π̂ of before the first."""
-    calls = []
-    monkeypatch.setattr(Y, "training_step", lambda *args, **options: calls.append(args))
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_old_estimate_is_of_before_the_first_update(shared, monkeypatch):
+    """Three updates, each with masks of its own. Shared: each has the old log π̂ of its own masks.
+    Else all have one, of masks of its own."""
+    calls, model = [], Tiny()
+
+    def training_step(model, optimizer, batch, old_log_prob, **options):
+        calls.append((batch, old_log_prob))
+        model.head.weight.data.mul_(0.5)
+
+    monkeypatch.setattr(Y, "training_step", training_step)
     micro_batches = [(TOKENS.repeat(20, 1), IS_COMPLETION.repeat(20, 1))]
-    Y.learn(Tiny(), None, micro_batches, 3, MASK)
-    assert len(calls) == 3 and all(call[3] is calls[0][3] for call in calls)
-    assert not calls[0][3].requires_grad  # or the memory of all micro-batches would be held at once
-    old_of_masks = [Y.log_probs(Tiny(), call[2], MASK) for call in calls]
-    for one, other in itertools.combinations([calls[0][3], *old_of_masks], 2):
+    options = {} if shared else {"shared_masks": False}  # shared is the default
+    Y.learn(model, None, micro_batches, 3, MASK, **options)
+    old_of_masks = [Y.log_probs(Tiny(), batch, MASK) for batch, _ in calls]
+    old = [old_log_prob for _, old_log_prob in calls]
+    assert len(calls) == 3
+    assert not old[0].requires_grad  # or the memory of all micro-batches would be held at once
+    if shared:
+        assert all(map(torch.equal, old, old_of_masks))
+    else:
+        assert all(one is old[0] for one in old)
+        old_of_masks.append(old[0])
+    for one, other in itertools.combinations(old_of_masks, 2):
         assert not torch.equal(one, other)
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from stabledrl import group_advantages, stabledrl_loss
+from stabledrl import group_advantages
 
 
 def hide(is_completion):
@@ -95,12 +95,13 @@ def training_step(
     rewards,
     group_size,
     mask_id,
-    loss=stabledrl_loss,
-    clip_eps=5.0,
+    loss,
+    clip_eps,
     max_grad_norm=1.0,
 ):
     """One update, with the gradient of the whole batch -> log ρ̂ (N,), and the norm of the gradient
-    before it is clipped. old_log_prob (n,): see `learn`; loss: any of stabledrl.LOSSES, with its ε.
+    before it is clipped. old_log_prob (n,): see `learn`. loss and clip_eps: grpo_loss and 0.2 if
+    masks are shared, else stabledrl_loss and 1 (README's table has more), or what you want.
     ValueError for rows that are missing or held twice, FloatingPointError for numbers that are not
     finite: the update is not made then."""
     # (1) A loss needs whole groups, but only one number of each completion. So compute them all
@@ -135,11 +136,15 @@ def training_step(
     return log_ratio.detach(), grad_norm
 
 
-def learn(model, optimizer, micro_batches, mu, mask_id, **options):
+def learn(model, optimizer, micro_batches, mu, mask_id, shared_masks=True, **options):
     """μ updates on completions that the model has just written; options as in `training_step`.
-    micro_batches: list of (tokens, is_completion). Each estimate draws masks of its own. (Shared
-    masks are less noisy: draw μ sets, score each before the first update, and train with it.)"""
-    old_log_prob = log_probs(model, with_masks(micro_batches), mask_id)  # (n,)
-    for _ in range(mu):
-        fresh = with_masks(micro_batches)
-        training_step(model, optimizer, fresh, old_log_prob, mask_id=mask_id, **options)
+    micro_batches: list of (tokens, is_completion). Each update has masks of its own. If they are
+    shared, old and new estimate of an update use the same ones, so there are μ old estimates, all
+    made before the first update. If not, there is one, with other masks."""
+    batches = [with_masks(micro_batches) for _ in range(mu)]
+    if shared_masks:
+        old_log_probs = [log_probs(model, batch, mask_id) for batch in batches]  # (n,) each
+    else:
+        old_log_probs = [log_probs(model, with_masks(micro_batches), mask_id)] * mu
+    for batch, old_log_prob in zip(batches, old_log_probs):
+        training_step(model, optimizer, batch, old_log_prob, mask_id=mask_id, **options)
