@@ -1,21 +1,19 @@
-"""StableDRL in one file: reinforcement learning for diffusion language models that survives the
+"""StableDRL in one file: reinforcement learning for diffusion language models, in spite of the
 noise that makes GRPO collapse.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
-2603.06743. A diffusion language model is a transformer that is shown a text with some tokens
-replaced by [MASK], and predicts them. It writes by filling in [MASK]s: block after block from left
-to right, and within a block in any order. The probability of what a real model wrote can only be
-estimated, with a random error. In most toy tasks here blocks are so short that the exact one can be
-computed. So the error can be measured, and removed.
+2603.06743. README shows what happens; this file derives it, and does it. The model is a transformer
+that is shown a text with some tokens replaced by [MASK], and predicts them. It writes by filling in
+[MASK]s: block after block from left to right, and within a block in random order.
 
-How rewards train a model. As a distribution over completions, the model is a *policy* π_θ with
-parameters θ. It completes each prompt G times; these G completions are a *group*. A judge gives
-each completion a reward. Its *advantage* A is that reward minus the mean of its group, in standard
-deviations of the group. It is a *good* completion if A > 0, and a *bad* one if A < 0. Gradient
-ascent on Σ A·log π_θ(completion) raises the expected reward as long as π_θ is the policy that wrote
-the completions, π_old. This is REINFORCE: the gradient of E[reward] is E[reward·∇log π_θ]. A number
-that does not depend on the completion may be subtracted from the reward, since E[∇log π_θ] = 0.
-(The mean of the group does depend on it a little: see §5.)
+How rewards train a model (skip it if you know GRPO). As a distribution over completions, the model
+is a *policy* π_θ with parameters θ. It completes each prompt G times; these G completions are a
+*group*. A judge gives each completion a reward. Its *advantage* A is that reward minus the mean of
+its group, divided by the standard deviation of the group. It is a *good* completion if A > 0, and a
+*bad* one if A < 0. Gradient ascent on Σ A·log π_θ(completion) raises the expected reward as long as
+π_θ is the policy that wrote the completions, π_old. This is REINFORCE: the gradient of E[reward] is
+E[reward·∇log π_θ]. A number that does not depend on the completion may be subtracted from the
+reward, since E[∇log π_θ] = 0. (The mean of the group does depend on it a little: see §5.)
 
 After one optimiser step (an *update*) π_θ is another policy. To use the completions for μ updates,
 PPO and GRPO weight them by the *importance ratio* ρ = π_θ/π_old. The reason is importance sampling:
@@ -24,17 +22,14 @@ one. So E_old[ρ·A·∇log π_θ] is the gradient of the expected reward again;
 since ∇ρ = ρ·∇log π_θ. At the first update every ρ is 1.
 
 Why GRPO breaks on such a model:
-  1. A block can be written in many orders. If the order is random, its probability is the mean over
-     all orders of the product of the probabilities of its tokens. That is too much to compute for a
-     real model, with blocks of 32 tokens or more. So log π is *estimated*, with random numbers
-     (§3), and instead of ρ one has ρ̂ = exp(log π̂_θ − log π̂_old).
-  2. exp magnifies noise: a completion whose ρ is 1 may get a ρ̂ of 10,000 (§4).
+  1. A block can be written in many orders. Its probability is a mean over them, too much to compute
+     for a real model. So log π is *estimated*, with random numbers (§3).
+  2. exp magnifies the error: ρ̂ = exp(log π̂_θ − log π̂_old) may be 10,000 where ρ is 1 (§4).
   3. GRPO maximises min(ρ̂·A, clip(ρ̂)·A), so the clip counts only where it makes the objective
-     smaller (§5). With ρ̂ = 10,000 a good completion gets weight 0, and a bad one weight 10,000.
+     smaller. With ρ̂ = 10,000 a good completion gets weight 0, and a bad one weight 10,000 (§5).
   4. So nearly all of an update pushes a few bad completions down, those with the most noise.
   5. Pushing up stops by itself, as the gradient of log p with respect to the logits vanishes for
-     p → 1. It does not vanish for p → 0: nothing in the gradient slows a push down. And all
-     completions share θ, so a push moves the good ones as well, and the reward falls.
+     p → 1. It does not vanish for p → 0. And all completions share θ, so a push moves the good ones.
 StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum.
 
@@ -55,8 +50,8 @@ Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
   B       block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
   G       group_size              completions per prompt
   K       copies                  copies of y with hidden tokens ("noisy copies") per estimate
-          masks        (N, K, L)  True where a copy shows [MASK] in place of its token. (An attention
-                                  mask, `mask`, is another thing: who may look at whom)
+          masks        (N, K, L)  True where a copy shows [MASK] in place of its token. (`mask` is
+                                  another thing, an attention mask: who may look at whom)
           steps        (N, L)     the step of its block, 0..B−1, at which a token was written
   log π̂   log_prob     (N,)       estimate of log π(y|q), or of a lower bound of it, in nats (units
                                   of the natural logarithm)
@@ -261,10 +256,10 @@ def generate(
         for step in range(B):
             logits, _ = model.read(block, block_positions, block_mask, cache)  # (N, B, vocab)
             priority = uniform if order == "random" else logits.softmax(-1).amax(-1)  # (N, B)
-            priority = priority.masked_fill(block != model.mask_id, -1)  # not again
+            priority = priority.masked_fill(block != model.mask_id, -1)  # written places last
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
             logits = logits.take_along_dim(place[:, :, None], dim=1)[:, 0]  # (N, vocab)
-            if not logits.logsumexp(-1).isfinite().all():  # not logits.isfinite(): [MASK] has −∞
+            if not logits.logsumexp(-1).isfinite().all():  # −∞ is right for [MASK], NaN and +∞ not
                 raise FloatingPointError("the model's logits are not finite")
             token = logits.argmax(-1, keepdim=True)  # (N, 1)
             if temperature > 0:
@@ -396,11 +391,10 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 
 
 # ==== §4  Noise ===================================================================================
-# How wrong is that estimate, and how can its noise be removed? Take one block with B = 2. One token
-# is certain, and the other has p = 0.01, log p = −4.6, whatever is visible. Then log π̂ is −4.6 if
-# both are hidden (probability ½), 0 if only the certain one is (¼), and −9.2 if only the unlikely
-# one is (¼). That is right on average. But log π̂_θ and log π̂_old have different random masks, and
-# may differ by 9.2 though θ = θ_old: then ρ̂ = e^9.2 = 10,000 where ρ = 1.
+# How wrong is that estimate, and how can its noise be removed? In README's example (B = 2; one
+# token is certain, and the other has p = 0.01, log p = −4.6, whatever is visible) log π̂ is −4.6, 0
+# or −9.2. That is right on average. But log π̂_θ and log π̂_old have different random masks, and may
+# differ by 9.2 though θ = θ_old: then ρ̂ = e^9.2 = 10,000 where ρ = 1.
 #
 # Let η be the noise of log ρ̂, so that ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation
 # σ, then E[e^η] = e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios
@@ -412,8 +406,8 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 #   * More copies: σ falls as 1/√K. Coupled copies (below) are better than independent ones.
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
-#     own, so there are μ old estimates of a batch, all made before its first update. (The paper
-#     makes one old estimate, and draws masks anew for each new one.)
+#     own, so there are μ old estimates of a batch, all made before its first update, while θ is
+#     θ_old. (The paper makes one old estimate, and draws masks anew for each new one.)
 #   * Another ratio: `trajectory`, below, costs B copies and uses no random numbers.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
@@ -441,15 +435,15 @@ def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
 
 
 def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
-    """log p(completion | prompt, order) in nats (N,), with the order that `generate` returned as
-    steps (N,L): Σ log p of each token at the step at which it was written. It uses no random
-    numbers, so the ratio is 1 at θ = θ_old. It costs B copies. (TraceRL, Wang et al., arXiv
-    2509.06949.)
+    """log p(completion | prompt, order) in nats (N,), where steps (N,L) of `generate` are the order:
+    Σ log p of each token at the step at which it was written. It uses no random numbers, so the
+    ratio is 1 at θ = θ_old. It costs B copies. (TraceRL, Wang et al., arXiv 2509.06949.)
 
     The ratio is not ρ, but that of the pair of completion y and order o. It is a valid weight as
     well: E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o) this is again
-    the gradient of the expected reward. (The probability of the order, 1/B! per block, does not
-    depend on θ, so it is left out.)"""
+    the gradient of the expected reward. The probability of a random order, 1/B! per block, does not
+    depend on θ, so it is left out. (That of the most confident place first does depend on θ: for
+    such an order this is wrong.)"""
     step = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
     hidden = steps[:, None] >= step  # (N, B, L): copy k is the completion as it was before step k
     log_p = token_log_probs(model, prompts, completions, block_size, hidden)  # (N, B, L)
@@ -539,9 +533,10 @@ ESTIMATORS = {
 # bug. The value of these losses means nothing, and only their gradient is used.
 #
 # Why not a ratio per token, as in a GPT? A term of log π̂ is the log-probability of a token given
-# what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old see
-# different things, so the exp of their difference is not the ratio of two probabilities of one
-# event. (With shared masks, or along the trajectory, a ratio per token is possible.)
+# what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old are
+# of other tokens, or of the same token with other things visible. So term by term there is no ratio
+# to take; only the sums aim at one number, the ELBO. (With shared masks, or along the trajectory, a
+# ratio per token is possible.)
 
 
 def group_advantages(rewards, group_size):
@@ -553,7 +548,8 @@ def group_advantages(rewards, group_size):
     Is mean A·g the gradient of the expected reward? Yes, if g is the gradient of log π (that of a
     lower bound is another), up to two habits of GRPO:
       * The mean of the group contains the completion's own reward: a factor 1 − 1/G.
-      * The division gives more weight to prompts that are nearly always or nearly never solved.
+      * The division gives more weight to prompts that are nearly always or nearly never solved: if
+        one of eight is right it is by 0.33, if four are by 0.5.
     (For G = 2 and rewards of 0 or 1 the two cancel, as a test shows.)"""
     check_batch(group_size, rewards)
     groups = (rewards * 1.0).view(-1, group_size)  # (M, G); 1.0: whole numbers to floats
@@ -583,10 +579,10 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     """GRPO without KL term (Shao et al., arXiv 2402.03300), with one ratio per completion:
     log_ratio (N,), advantages (N,) -> scalar, −mean min(ρ̂·A, clip(ρ̂)·A). group_size is not used.
 
-    ρ̂ = exp(log π̂_θ − log π̂_old) has the gradient ρ̂·g. Where the min is its first term, its gradient
-    is ρ̂·A·g. Where it is the second and the clip binds, it is constant: gradient 0. Say ε = 0.2 and
-    ρ̂ = 1,000. For A = 1 it is min(1000, 1.2), with gradient 0. For A = −1 it is min(−1000, −1.2),
-    with gradient −1000·g."""
+    ρ̂ = exp(log π̂_θ − log π̂_old) has the gradient ρ̂·g. Where the min is its first term, the
+    gradient of the min is ρ̂·A·g. Where it is the second and the clip binds, it is 0. Say ε = 0.2
+    and ρ̂ = 1,000. For A = 1 it is min(1000, 1.2), with gradient 0. For A = −1 it is
+    min(−1000, −1.2), with gradient −1000·g."""
     check_batch(group_size, log_ratio, advantages)
     ratio = safe_exp(log_ratio)  # (N,)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # counts only where it lowers the objective
@@ -605,8 +601,8 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     mends a *direction*, and the weights decide which completions make it. Every group counts 1/M.
     Beside seven completions of ratio 1 a noisy one has at most (1+ε)/(1+ε+7) = 6/13 of its group,
     if ε = 5; without line 1 it may have all of it, and without line 2 groups with large ratios
-    outweigh the others. (With ε ≥ 1 small ratios are not lifted: beside seven of ratio 0.01 it has
-    nearly all.)
+    outweigh the others. (With ε ≥ 1 small ratios are not lifted: beside seven of ratio 0.01 one of
+    ratio 6 has nearly all.)
 
     What does it give up? There is no 0 in its column of the table. In GRPO, once the updates of a
     batch have moved a completion by more than ε in the intended direction, its weight becomes 0,
@@ -645,7 +641,7 @@ LOSSES = {
 # Prompts, samples and masks each have a random stream of their own, made from the seed and the
 # number of updates done. So all losses with one seed see the same prompts and use the same random
 # numbers, and a run that is resumed draws what it would have drawn. They also start from the same
-# base policy, since it has a file.
+# base policy, which is read from its file.
 
 
 @dataclasses.dataclass
@@ -786,7 +782,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # for random losses
+    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # for a loss that is random
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -886,8 +882,8 @@ def train(config, base_model, checkpoint=None):
         recent["grad_norm"] += grad_norms
         recent["spread"].append(log_ratios[0].std(correction=0).item())
         for log_ratio in log_ratios:
-            ratios = ratio_diagnostics(log_ratio, config.clip_eps, config.group_size)
-            for name, number in ratios.items():
+            numbers = ratio_diagnostics(log_ratio, config.clip_eps, config.group_size)
+            for name, number in numbers.items():
                 recent[name].append(number)
         if row_is_due:
             row = {"update": done + config.mu} | evaluate(model, task, B)
@@ -903,7 +899,7 @@ def train(config, base_model, checkpoint=None):
             rows.append(row)
             recent.clear()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}
-            yield copy.deepcopy(state)  # as training goes on to change it
+            yield copy.deepcopy(state)  # training goes on to change the original
 
 
 # ==== §7  Command line ============================================================================
@@ -915,7 +911,7 @@ REFUSED = (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError
 SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # if neither flag is given
 SETTINGS = [field.name for field in dataclasses.fields(Config)]
 BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
-UNNAMED = ("seed", "estimator", "updates", "device")  # named without "setting=", or not at all
+UNNAMED = ("seed", "estimator", "updates", "device")  # the first two are named in another form
 PANELS = {"reward": "reward", "ratio_max": "largest ratio", "grad_norm": "gradient norm"}
 COLOURS = "tab:red tab:orange tab:blue tab:cyan tab:green tab:purple tab:brown tab:pink gold black"
 
@@ -949,9 +945,9 @@ def probe(model):
 
 
 def save(path, model, state):
-    """Write a checkpoint under another name, then rename it: if the program is killed, the old file
-    remains, and two programs do not interfere. `base` is the probe of the policy that the run began
-    from: of the model itself if the state does not say."""
+    """Write a checkpoint under another name, then rename it, so that no file is ever half written.
+    `base` is the probe of the policy that the run began from: of the model itself if the state does
+    not say."""
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     own = probe(model)
     torch.save({"base": own} | state | {"probe": own}, unfinished)
