@@ -2,9 +2,9 @@
 noise that makes GRPO collapse.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
-2603.06743. README shows what happens; this file derives it, and does it. The model is a transformer
-that is shown a text with some tokens replaced by [MASK], and predicts them. It writes by filling in
-[MASK]s: block after block from left to right, and within a block in random order.
+2603.06743. README shows what happens; this file derives and implements it. The model is a
+transformer that is shown a text with some tokens replaced by [MASK], and predicts them. It writes
+by filling in [MASK]s: block after block from left to right, and within a block in random order.
 
 How rewards train a model (skip it if you know GRPO). As a distribution over completions, the model
 is a *policy* π_θ with parameters θ. It completes each prompt G times; these G completions are a
@@ -18,8 +18,8 @@ reward, since E[∇log π_θ] = 0. (The mean of the group does depend on it a li
 After one optimiser step (an *update*) π_θ is another policy. To use the completions for μ updates,
 PPO and GRPO weight them by the *importance ratio* ρ = π_θ/π_old. The reason is importance sampling:
 E_old[ρ·f] = E_θ[f] for any f, so weighted samples of the old policy average like samples of the new
-one. So E_old[ρ·A·∇log π_θ] is the gradient of the expected reward again; it is also ∇E_old[ρ·A],
-since ∇ρ = ρ·∇log π_θ. At the first update every ρ is 1.
+one. So E_old[ρ·A·∇log π_θ] is the gradient of the expected reward again. Since ∇ρ = ρ·∇log π_θ, it
+equals ∇E_old[ρ·A]. At the first update every ρ is 1.
 
 Why GRPO breaks on such a model:
   1. A block can be written in many orders. Its probability is a mean over them, too much to compute
@@ -29,7 +29,7 @@ Why GRPO breaks on such a model:
      smaller. With ρ̂ = 10,000 a good completion gets weight 0, and a bad one weight 10,000 (§5).
   4. So nearly all of an update pushes a few bad completions down, those with the most noise.
   5. Pushing up stops by itself, as the gradient of log p with respect to the logits vanishes for
-     p → 1. It does not vanish for p → 0. And all completions share θ, so a push moves the good ones.
+     p → 1. It does not vanish for p → 0. And all completions share θ: a push moves good ones too.
 StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum.
 
@@ -45,7 +45,7 @@ If you have half an hour, read this docstring, §5, and `one_batch` in §6.
 
 Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
   q       prompts      (M, P)     M prompts of P tokens each; in the task of addition, "12+34="
-  y       completions  (N, L)     N = M·G, of L tokens each, "46.." ("." fills it up); rows i·G ..
+  y       completions  (N, L)     N = M·G, of L tokens each, "46.." ("." fills it up); rows i·G to
                                   i·G+G−1 are the group of prompt i
   B       block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
   G       group_size              completions per prompt
@@ -129,7 +129,7 @@ class Layer(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
         keys_values = torch.stack((rotate(k, rotation), v))  # (2, N, H, S, D)
         if cache is not None:
-            samples = len(x) // cache.shape[1]  # a prompt is in the cache once for N/M completions
+            samples = len(x) // cache.shape[1]  # M prompts were read once each, for N completions
             cache = cache.repeat_interleave(samples, dim=1)  # (2, N, H, T−S, D)
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
         y = F.scaled_dot_product_attention(rotate(q, rotation), *keys_values, attn_mask=mask)
@@ -153,7 +153,7 @@ class BlockDiffusionTransformer(nn.Module):
         self.layers = nn.ModuleList(Layer(d_model, n_head) for _ in range(n_layer))
         self.norm = nn.LayerNorm(d_model, bias=False)
         self.head = nn.Linear(d_model, vocab_size - 1, bias=False)  # no row for [MASK]
-        nn.init.normal_(self.embed.weight, std=0.02)  # as in GPT-2
+        nn.init.normal_(self.embed.weight, std=0.02)  # as GPT-2's embedding
 
     def forward(self, tokens, positions, mask):
         """tokens (N,S) long, positions (S,) long, mask (S,S) bool, True where the row may look at
@@ -189,9 +189,9 @@ def block_causal_mask(length, block_size, device=None):
 
 
 def check_lengths(block_size, *lengths):
-    """AssertionError unless all are multiples of block_size. The sampler's first block begins right
-    after the prompt, and the masks count blocks from the prompt's first token. Both agree only if B
-    divides P."""
+    """AssertionError unless all are multiples of block_size. The sampler counts blocks from the
+    first token of the completion, and the masks from that of the prompt: the same only if B divides
+    P."""
     for length in lengths:
         assert length % block_size == 0, (
             f"lengths {lengths} must be multiples of block_size {block_size}"
@@ -207,10 +207,8 @@ def check_lengths(block_size, *lengths):
 # RL trains this policy, and `reward` in the log is its reward.
 #
 # Real models mostly write the most confident place first (order="confidence"), since their
-# completions are then better. That is another policy, whose probabilities are not this mean: the
-# order follows from θ, and changes while θ moves. §3 and §4 do not describe it. Since it is how
-# such models are used, it serves for evaluation, with the likeliest token at each place: this is
-# `accuracy` in the log.
+# completions are then better. That is another policy: the order follows from θ, and changes while θ
+# moves. Here it serves for evaluation, with the likeliest token at each place: see `accuracy`.
 #
 # For B = 2 each step reads what stands in brackets. The rest is cached. _ is [MASK].
 #     [12+34=]     12+34=[__]  12+34=[4_]  12+34=[46]     12+34=46[__]  12+34=46[_.]
@@ -230,9 +228,9 @@ def generate(
     return_steps=False,
 ):
     """Complete prompts (M,P), each `samples` times -> (N,L) long, N = M·samples; with return_steps
-    also the steps (N,L) long. Rows i·samples .. belong to prompt i. temperature divides the logits;
-    0 takes the likeliest token. (§3 and §4 score temperature 1.) FloatingPointError for logits that
-    are NaN or +∞."""
+    also the steps (N,L) long. Rows i·samples to (i+1)·samples−1 belong to prompt i. temperature
+    divides the logits; 0 takes the likeliest token. (§3 and §4 score temperature 1.)
+    FloatingPointError for logits that are NaN or +∞."""
     prompts = torch.as_tensor(prompts)
     M, P = prompts.shape
     L, B, device = completion_len, block_size, prompts.device
@@ -259,7 +257,7 @@ def generate(
             priority = priority.masked_fill(block != model.mask_id, -1)  # written places last
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
             logits = logits.take_along_dim(place[:, :, None], dim=1)[:, 0]  # (N, vocab)
-            if not logits.logsumexp(-1).isfinite().all():  # −∞ is right for [MASK], NaN and +∞ not
+            if not logits.logsumexp(-1).isfinite().all():  # −∞ is meant for [MASK]
                 raise FloatingPointError("the model's logits are not finite")
             token = logits.argmax(-1, keepdim=True)  # (N, 1)
             if temperature > 0:
@@ -276,11 +274,11 @@ def generate(
 # How likely is what it wrote? Hide tokens, and ask for them. In every block draw a count m
 # uniformly from 1..B, and put [MASK] in place of m random tokens. (This is the *forward process* of
 # diffusion: it destroys a text.) The log-probabilities that the model gives to them, times B/m and
-# summed, estimate log π(completion): see `elbo`. Pretraining maximises this estimate, and RL uses
-# it as log π̂.
+# summed, estimate a lower bound of log π(completion): see `elbo`. Pretraining maximises this
+# estimate, and RL uses it as log π̂.
 #
-# One pass scores all blocks. Each must be predicted from the true text before it, without a look at
-# the tokens that are hidden from it. So the model reads the completion clean (nothing hidden), and
+# One pass scores all blocks. Each must be predicted from the true text before it, but not from the
+# tokens that are hidden in it. So the model reads the completion clean (nothing hidden), and
 # beside it K noisy copies, each with other tokens hidden, under the *staircase* mask: a noisy token
 # may look at its own noisy block, and at clean blocks *strictly before* its own. Predictions are
 # taken at the noisy copies.
@@ -351,7 +349,7 @@ def token_log_probs(model, prompts, completions, block_size, masks):
     positions = staircase_positions(P, L, K, prompts.device)  # (S,)
     noisy = torch.where(masks, model.mask_id, completions[:, None])  # (N, K, L)
     tokens = torch.cat((completions, noisy.flatten(1)), dim=1)  # (N, L + K·L)
-    _, cache = model.read(prompts, positions[:P], mask[:P, :P])
+    _, cache = model.read(prompts, positions[:P], mask[:P, :P])  # with its gradient
     logits, _ = model.read(tokens, positions[P:], mask[P:], cache)  # (N, L + K·L, vocab)
     noisy_logits = logits[:, L:].mT  # (N, vocab, K·L), as cross_entropy wants it
     targets = completions.repeat(1, K)  # (N, K·L)
@@ -360,7 +358,7 @@ def token_log_probs(model, prompts, completions, block_size, masks):
 
 def elbo(model, prompts, completions, block_size, masks, steps=None):
     """log π̂ in nats (N,): the mean over K copies of Σ_blocks B/m · Σ_{i hidden} log p(y_i). Every
-    block of every copy must hide a token, since it is divided by m. (All estimators have these
+    block of every copy must hide a token, since its sum is divided by m. (All estimators have these
     arguments, used or not.)
 
     It is an unbiased estimate of a lower bound of log π. One block is enough for the argument,
@@ -379,9 +377,8 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it.
 
-    BD3-LM hides each token with a probability t, uniform on (0, 1), and divides by t. That is the
-    same ELBO: a set of m tokens has the weight ∫ t^m·(1−t)^(B−m)/t dt = 1/(m·C(B,m)) in BD3-LM, and
-    P(m)·P(set | m)·B/m = 1/B · 1/C(B,m) · B/m here."""
+    (BD3-LM hides each token with a probability t, uniform on (0, 1), and divides by t. This gives
+    the same ELBO, since ∫ t^m·(1−t)^(B−m)/t dt = 1/(m·C(B,m)) = 1/B · 1/C(B,m) · B/m.)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     blocks = (-1, block_size)
     log_p, hidden = log_p.unflatten(-1, blocks), masks.unflatten(-1, blocks)  # (N, K, L/B, B)
@@ -408,16 +405,16 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
 #     own, so there are μ old estimates of a batch, all made before its first update, while θ is
 #     θ_old. (The paper makes one old estimate, and draws masks anew for each new one.)
-#   * Another ratio: `trajectory`, below, costs B copies and uses no random numbers.
+#   * Another ratio, along the order of writing: `trajectory`, below.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
 #     over the sets gives log π.
 
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
-    """(N,K,L) bool in pairs (DiffuCoder, arXiv 2506.20639): in each block copy K/2 + k hides
-    exactly the tokens that copy k shows; but if copy k hides all, so does its partner. So each
-    token is hidden at least once. In the example above a pair always gives −4.6. Each copy alone is
+    """(N,K,L) bool in pairs (DiffuCoder, arXiv 2506.20639): in each block copy k + K/2 hides
+    exactly the tokens that its partner k shows; but if k hides all, so does k + K/2. So each token
+    is hidden at least once. In the example above a pair always gives −4.6. Each copy alone is
     distributed as in `sample_masks`, since below B the counts m and B − m are equally likely."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     first = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
@@ -429,15 +426,15 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
     """The log-probability (N,) if each block were written in one step from blanks, its tokens
     independent of each other (d1, Zhao et al., arXiv 2504.12216). It has no noise, but a bias of
-    either sign."""
+    either sign. GRPO learns with it on addition (results page)."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, block_size, everything).sum((-2, -1))
 
 
 def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
-    """log p(completion | prompt, order) in nats (N,), where steps (N,L) of `generate` are the order:
-    Σ log p of each token at the step at which it was written. It uses no random numbers, so the
-    ratio is 1 at θ = θ_old. It costs B copies. (TraceRL, Wang et al., arXiv 2509.06949.)
+    """log p(completion | prompt, order) in nats (N,), where steps (N,L) of `generate` are the
+    order: Σ log p of each token at the step at which it was written. It uses no random numbers, so
+    the ratio is 1 at θ = θ_old. It costs B copies. (TraceRL, Wang et al., arXiv 2509.06949.)
 
     The ratio is not ρ, but that of the pair of completion y and order o. It is a valid weight as
     well: E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o) this is again
@@ -524,9 +521,8 @@ ESTIMATORS = {
 #     in between    ρ̂              ρ̂                     ρ̂
 #     ρ̂ > 1+ε       0              ρ̂, however large      1+ε
 #     divisor       N              N                     M · Σ of the weights of its group
-# GRPO leaves one case without a bound, the *open case*: a bad completion with a large ratio. The
-# intention is to pull a bad completion back that has become likelier. With an exact ratio that is
-# sound. With an estimate, ρ̂ = 1,000 mostly says that the noise was 6.9 nats.
+# GRPO leaves one case without a bound, the *open case*: a bad completion with a large ratio. But an
+# estimated ratio of 1,000 mostly says that the noise was 6.9 nats.
 #
 # Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g, so that a descent step raises
 # Σ A·log π̂. Their *value* is 0 there: GRPO's since Σ A = 0, the others' since log ρ̂ = 0. That is no
@@ -548,8 +544,8 @@ def group_advantages(rewards, group_size):
     Is mean A·g the gradient of the expected reward? Yes, if g is the gradient of log π (that of a
     lower bound is another), up to two habits of GRPO:
       * The mean of the group contains the completion's own reward: a factor 1 − 1/G.
-      * The division gives more weight to prompts that are nearly always or nearly never solved: if
-        one of eight is right it is by 0.33, if four are by 0.5.
+      * The division gives more weight to prompts that are nearly always or nearly never solved: the
+        divisor is 0.33 if one of eight is right, and 0.5 if four are.
     (For G = 2 and rewards of 0 or 1 the two cancel, as a test shows.)"""
     check_batch(group_size, rewards)
     groups = (rewards * 1.0).view(-1, group_size)  # (M, G); 1.0: whole numbers to floats
@@ -569,8 +565,8 @@ def check_batch(group_size, *tensors):
 
 
 def safe_exp(log_ratio):
-    """exp of log_ratio (N,), but above 80 value and gradient are those at 80, since float32 ends at
-    e^88. (A clamp would make the gradient 0.)"""
+    """exp of log_ratio (N,), but above 80 value and gradient are those at 80: float32 ends at e^88,
+    and ∞·0 is NaN. (A clamp would make the gradient 0.)"""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
 
@@ -596,13 +592,14 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     ∇ρ̂ = ρ̂·g supplies weight and g at once. Here the weights are constants that we choose, and
     log_ratio supplies g, since ∇log ρ̂ = g. (Without `detach` there would be a term A·log ρ̂·∇w.)
 
-    What does it gain? The update of a group is a weighted mean of its A_j·g_j, so its norm is at
-    most max_j |A_j|·‖g_j‖, whatever the ratios are. The norm is clipped anyway, but no clipping
-    mends a *direction*, and the weights decide which completions make it. Every group counts 1/M.
-    Beside seven completions of ratio 1 a noisy one has at most (1+ε)/(1+ε+7) = 6/13 of its group,
-    if ε = 5; without line 1 it may have all of it, and without line 2 groups with large ratios
-    outweigh the others. (With ε ≥ 1 small ratios are not lifted: beside seven of ratio 0.01 one of
-    ratio 6 has nearly all.)
+    What does it gain? Gradient-norm clipping and Adam set the length of a step; these lines mend
+    its direction, by who has how much weight.
+      * The update of a group is a weighted mean of its A_j·g_j, so its norm is at most
+        max_j |A_j|·‖g_j‖, whatever the ratios are.
+      * Line 1: beside seven completions of ratio 1 a noisy one has at most (1+ε)/(1+ε+7) = 6/13 of
+        its group, if ε = 5. Without it, it may have all. (For ε ≥ 1 small ratios are not lifted:
+        beside seven of ratio 0.01 one of ratio 6 has nearly all.)
+      * Line 2: each group counts 1/M. Without it, groups with large ratios outweigh the others.
 
     What does it give up? There is no 0 in its column of the table. In GRPO, once the updates of a
     batch have moved a completion by more than ε in the intended direction, its weight becomes 0,
@@ -640,8 +637,8 @@ LOSSES = {
 #
 # Prompts, samples and masks each have a random stream of their own, made from the seed and the
 # number of updates done. So all losses with one seed see the same prompts and use the same random
-# numbers, and a run that is resumed draws what it would have drawn. They also start from the same
-# base policy, which is read from its file.
+# numbers, and a run that is resumed draws what it would have drawn. All losses with one seed also
+# start from the same base policy, which is read from its file.
 
 
 @dataclasses.dataclass
@@ -753,6 +750,7 @@ def pretrain(config):
     optimizer = torch.optim.Adam(model.parameters(), config.base_lr)
     rng = np.random.default_rng([config.seed, 0])  # RL draws its prompts from [seed, 1, done]
     masking = stream(config, "pretrain")
+    # One more round than updates, to evaluate the last one.
     bar = tqdm(range(2001), disable=None, bar_format="{desc}, {n} updates, {elapsed}")
     for update in bar:
         if update % 10 == 0:
@@ -773,16 +771,17 @@ def pretrain(config):
 
 
 def one_batch(config, model, optimizer, done, truths=None):
-    """The algorithm: `done` updates have been made, and this makes the next μ. -> the batch, its
-    rewards (N,), and two lists: log ρ̂ (N,) of each update, and the norm of its gradient before it
-    is clipped. The list `truths`, if there is one, gets log π (N,) of the policy before each
-    update. FloatingPointError for an update that is not finite: it is not made."""
+    """The algorithm: `done` updates have been made, and this makes the next μ. It returns the
+    batch, its rewards (N,), a list of log ρ̂ (N,) for each update, and a list of the norms of the
+    gradients before they are clipped. To the list `truths`, if given, it appends log π (N,) of the
+    policy before each update. FloatingPointError for an update that is not finite: it is not
+    made."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # for a loss that is random
+    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # in case your loss is random
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -810,7 +809,7 @@ def one_batch(config, model, optimizer, done, truths=None):
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # a sum is only if its terms are
+        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # only if all terms are
             raise FloatingPointError(
                 f"update {done + len(log_ratios) + 1} was not made: loss {loss:.3g}, "
                 f"gradient norm {grad_norm:.3g}"
@@ -821,10 +820,6 @@ def one_batch(config, model, optimizer, done, truths=None):
         log_ratios.append(log_ratio.detach())
         grad_norms.append(grad_norm.item())
     return batch, rewards, log_ratios, grad_norms
-
-
-# What is logged. `spread` is the standard deviation of log ρ̂ at the first update of a batch: every
-# true ratio is 1 there, so whatever it shows is noise, and a model of any size can log it.
 
 
 def ratio_diagnostics(log_ratio, clip_eps, group_size):
@@ -880,7 +875,7 @@ def train(config, base_model, checkpoint=None):
 
         recent["reward"].append(rewards.mean().item())
         recent["grad_norm"] += grad_norms
-        recent["spread"].append(log_ratios[0].std(correction=0).item())
+        recent["spread"].append(log_ratios[0].std(correction=0).item())  # ρ = 1 here: pure noise
         for log_ratio in log_ratios:
             numbers = ratio_diagnostics(log_ratio, config.clip_eps, config.group_size)
             for name, number in numbers.items():
@@ -891,7 +886,7 @@ def train(config, base_model, checkpoint=None):
                 row[name] = sum(numbers) / len(numbers)
             row["ratio_max"] = max(recent["ratio_max"])
             if truths:  # at the last update of the batch: how far is log ρ̂ from log ρ?
-                noise = log_ratios[-1] - (truths[-1] - truths[0])  # log ρ̂ − log ρ
+                noise = log_ratios[-1] - (truths[-1] - truths[0])  # truths[0] is log π_old
                 drift = truths[0] - true_log_prob(base_model, **batch)  # mean: KL(π_old ‖ π_base)
                 row["noise_std"] = noise.std(correction=0).item()
                 row["drift"] = drift.mean().item()
@@ -905,13 +900,14 @@ def train(config, base_model, checkpoint=None):
 # ==== §7  Command line ============================================================================
 # Nothing here belongs to the method: files, flags, processes, a table and a figure. `train` yields
 # checkpoints, and `run` writes them down. A run that goes on is `train` with its last checkpoint. A
-# file also has `probe` and `base`, so that one of another model or another base is refused.
+# file also has two fingerprints, `probe` of its model and `base` of the base policy, so that others
+# are refused.
 
 REFUSED = (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)
 SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # if neither flag is given
 SETTINGS = [field.name for field in dataclasses.fields(Config)]
 BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
-UNNAMED = ("seed", "estimator", "updates", "device")  # the first two are named in another form
+UNNAMED = ("seed", "estimator", "updates", "device")  # not among a name's setting=value
 PANELS = {"reward": "reward", "ratio_max": "largest ratio", "grad_norm": "gradient norm"}
 COLOURS = "tab:red tab:orange tab:blue tab:cyan tab:green tab:purple tab:brown tab:pink gold black"
 
@@ -1081,8 +1077,9 @@ def parse(argv):
     configs = {}
     for values in itertools.product(*[values or [1] for values in given.values()]):
         config = Config(**dict(zip(given, values)))
-        same = configs.setdefault(run_name(config), config) == config
-        assert same, f"{run_name(config)} cannot have two values of --updates or --device"
+        first = configs.setdefault(run_name(config), config)
+        twice = f"{run_name(config)} cannot have two values of --updates or --device"
+        assert first == config, twice
     return list(configs.values()), out, resume
 
 
@@ -1153,7 +1150,7 @@ def main(argv=None):
     try:
         configs, out, resume = parse(argv)
         fork = len(configs) > 1 and sys.platform == "linux" and configs[0].device == "cpu"
-        torch.optim.Adam([torch.zeros(1)])  # loads what each worker would load anew, in 1 s
+        torch.optim.Adam([torch.zeros(1)])  # its first use imports for 1 s: not in each worker
         launch(functools.partial(trial, out, resume), configs, fork)
         Path(out).mkdir(parents=True, exist_ok=True)
         assert os.access(out, os.W_OK), f"--out {out} cannot be written"

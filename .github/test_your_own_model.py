@@ -316,14 +316,14 @@ def test_every_old_estimate_is_of_before_the_first_update(shared, monkeypatch):
     def training_step(model, optimizer, batch, old_log_prob, **options):
         calls.append((batch, old_log_prob))
         model.head.weight.data.mul_(0.5)
+        return len(calls)
 
     monkeypatch.setattr(Y, "training_step", training_step)
     micro_batches = [(TOKENS.repeat(20, 1), IS_COMPLETION.repeat(20, 1))]
     options = {} if shared else {"shared_masks": False}  # shared is the default
-    Y.learn(model, None, micro_batches, 3, MASK, **options)
+    assert Y.learn(model, None, micro_batches, 3, MASK, **options) == [1, 2, 3]
     old_of_masks = [Y.log_probs(Tiny(), batch, MASK) for batch, _ in calls]
     old = [old_log_prob for _, old_log_prob in calls]
-    assert len(calls) == 3
     assert not old[0].requires_grad  # or the memory of all micro-batches would be held at once
     if shared:
         assert all(map(torch.equal, old, old_of_masks))

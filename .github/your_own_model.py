@@ -1,8 +1,9 @@
 """StableDRL in a trainer of your own, for a model with full attention such as LLaDA: its whole
 completion is one block. Processes and micro-batches may cut the groups in any way.
 
-Copy this file beside stabledrl.py. Or copy it into your program together with `group_advantages`,
-the loss that you use, and their helpers `check_batch` and `safe_exp`: they need torch and math.
+Copy this file beside stabledrl.py and toy_tasks/. Or copy it into your program together with
+`group_advantages`, the loss that you use, and their helpers `check_batch` and `safe_exp`: they need
+torch and math.
 
 N completions are in the batch, n of them on this process, and k in a micro-batch of it. Row r of
 the batch belongs to group r // group_size. Names and shapes:
@@ -12,9 +13,18 @@ the batch belongs to group r // group_size. Names and shapes:
                          that of a model which is told the length.)
   hidden         (k, S)  bool, True where the model sees [MASK]
   micro_batches          list of (tokens, is_completion, hidden); S may differ between them
-  rows, rewards  (n,)    the number 0..N−1 of each completion on this process, and its reward
-  model                  torch.nn.Module, tokens (k,S) -> logits (k,S,vocab). It must not look at
-                         padding: wrap yours if it takes an attention mask.
+  rows, rewards  (n,)    the number 0..N−1 of each completion on this process, in the order of the
+                         micro-batches, and its reward
+  model                  torch.nn.Module, tokens (k,S) -> logits (k,S,vocab), −inf for [MASK]. It must
+                         not look at padding: wrap yours if it takes an attention mask.
+
+What nothing here checks:
+  * The sampler's temperature is 1, without top-p: else it is another policy.
+  * Every process has the same weights and at least one completion, but a random seed of its own:
+    else all would draw the same masks.
+  * Weights that Adam changes are float32: bfloat16 rounds most small updates away.
+  * With shared masks the log-ratios of the first update, which `learn` returns, are 0. If they are
+    not, old and new estimates are not of the same completions.
 """
 
 import torch
@@ -63,7 +73,8 @@ def with_masks(micro_batches):
 def noise(model, micro_batches, mask_id):
     """σ in nats, to be measured before you train: the standard deviation, over completions, of the
     difference of two estimates with masks of their own. Both are of one policy, so each true ratio
-    is 1. If the noise is normal, the mean of the estimated ratios is e^(σ²/2): 7.4 at σ = 2."""
+    is 1. Take some hundred completions, or repeat it: the tail is heavy. And look again later, since
+    σ changes while you train."""
     first = log_probs(model, with_masks(micro_batches), mask_id)  # (n,)
     return (first - log_probs(model, with_masks(micro_batches), mask_id)).std()
 
@@ -100,10 +111,10 @@ def training_step(
     max_grad_norm=1.0,
 ):
     """One update, with the gradient of the whole batch -> log ρ̂ (N,), and the norm of the gradient
-    before it is clipped. old_log_prob (n,): see `learn`. loss and clip_eps: grpo_loss and 0.2 if
-    masks are shared, else stabledrl_loss and 1 (README's table has more), or what you want.
-    ValueError for rows that are missing or held twice, FloatingPointError for numbers that are not
-    finite: the update is not made then."""
+    before it is clipped. old_log_prob (n,): see `learn`. loss and clip_eps: those of the row of
+    README's table that fits, for example grpo_loss and 0.2 if masks are shared. ValueError for rows
+    that are held twice or missing (of a missing last group nobody knows), FloatingPointError for
+    numbers that are not finite: the update is not made then."""
     # (1) A loss needs whole groups, but only one number of each completion. So compute them all
     # without gradient, and gather them.
     log_ratio = log_probs(model, micro_batches, mask_id) - old_log_prob  # (n,)
@@ -137,14 +148,18 @@ def training_step(
 
 
 def learn(model, optimizer, micro_batches, mu, mask_id, shared_masks=True, **options):
-    """μ updates on completions that the model has just written; options as in `training_step`.
-    micro_batches: list of (tokens, is_completion). Each update has masks of its own. If they are
-    shared, old and new estimate of an update use the same ones, so there are μ old estimates, all
-    made before the first update. If not, there is one, with other masks."""
+    """μ updates on completions that the model has just written -> what `training_step` returns, μ
+    times. micro_batches: list of (tokens, is_completion). options: rows, rewards, group_size, loss,
+    clip_eps, max_grad_norm. Each update has masks of its own. If they are shared, old and new
+    estimate of an update use the same ones, so there are μ old estimates, all made before the first
+    update. If not, there is one, with other masks."""
     batches = [with_masks(micro_batches) for _ in range(mu)]
     if shared_masks:
         old_log_probs = [log_probs(model, batch, mask_id) for batch in batches]  # (n,) each
     else:
         old_log_probs = [log_probs(model, with_masks(micro_batches), mask_id)] * mu
+    made = []
     for batch, old_log_prob in zip(batches, old_log_probs):
-        training_step(model, optimizer, batch, old_log_prob, mask_id=mask_id, **options)
+        update = training_step(model, optimizer, batch, old_log_prob, mask_id=mask_id, **options)
+        made.append(update)
+    return made
