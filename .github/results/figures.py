@@ -94,7 +94,7 @@ def draw_noise(path):
         bars = right.bar([0.4 * i, 0.4 * i + 1.2], heights, 0.4, color=COLOURS[label], label=label)
         right.bar_label(bars, [f"{height:.0f} %" for height in heights])
     right.set_xticks([0.2, 1.4], list(shares))
-    right.set(title="share of the weight of a first update", ylim=(0, 115), ylabel="%")
+    right.set(title="share of Σ weight · |A| at a first update", ylim=(0, 115), ylabel="%")
     right.legend()
     figure.savefig(path)
 

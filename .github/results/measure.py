@@ -13,6 +13,7 @@ lines; holds(..) says nothing, but reports a sentence that they do not bear out.
 
 import argparse
 import functools
+import itertools
 import json
 import re
 import runpy
@@ -115,14 +116,45 @@ def also(name, anchor, number):
     return f", [{number}](#{anchor})" if len(kept_of(name)[1]) > 2 else ""
 
 
-def decision(condition, choice, cell):
-    """A row of the decision table: a cell at μ = 2 and 8, and its differences from the paper's."""
-    (name, row, column), numbers, differences = cell, [], []
-    for mu in ("μ = 2", "μ = 8"):
-        found = of(name, row, column.format(mu))
-        numbers.append(pm(found))
-        differences.append(ahead(found, of("shared", "StableDRL, ε = 5", f"{mu}: anew")))
-    return f"| {' | '.join([condition, choice, *numbers, *differences])} |"
+DECISION = [  # condition, choice, and where its numbers are
+    "old and new estimate can use the same masks/GRPO, one set of masks per update/"
+    "shared/GRPO/{}: per update",
+    "rewards are 0 or 1, and diversity does not matter/good completions only, no ratio/"
+    "two_by_two/good ones alone/{}: no ratio",
+    "each batch is used once or twice/no ratio (REINFORCE)/two_by_two/all completions/{}: no ratio",
+    "none of these fits/StableDRL, ε = 1/shared/StableDRL, ε = 1/{}: anew",
+    "(the paper's ε)/StableDRL, ε = 5/shared/StableDRL, ε = 5/{}: anew",
+    "(for comparison)/GRPO, masks drawn anew/shared/GRPO/{}: anew",
+]
+
+
+def decided(mu):
+    """Condition, choice -> its numbers at μ, if it is for that μ."""
+    found = {}
+    for condition, choice, name, row, column in (line.split("/") for line in DECISION):
+        fits = mu == "μ = 2" or condition != "each batch is used once or twice"
+        found[condition, choice] = of(name, row, column.format(mu)) if fits else []
+    return found
+
+
+def decision_table():
+    """With paired differences from the paper's StableDRL."""
+    rows, columns = [], [decided(mu) for mu in ("μ = 2", "μ = 8")]
+    for label in columns[0]:
+        numbers = [pm(column[label]) for column in columns]
+        papers = [column["(the paper's ε)", "StableDRL, ε = 5"] for column in columns]
+        differences = [ahead(column[label], paper) for column, paper in zip(columns, papers)]
+        rows.append([*label, *numbers, *differences])
+    return table(
+        ["if ..", "then", "μ = 2", "μ = 8", "difference, μ = 2", "difference, μ = 8"], rows
+    )
+
+
+def alike(mu):
+    """The pairs of rows, by their numbers, that a paired test does not tell apart."""
+    rows = [numbers for numbers in decided(mu).values()]
+    pairs = itertools.combinations([i for i, numbers in enumerate(rows, 1) if numbers], 2)
+    return [(i, j) for i, j in pairs if "not" in order(rows[i - 1], rows[j - 1])]
 
 
 def held(line):
