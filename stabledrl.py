@@ -957,7 +957,8 @@ def load(path, model):
         model.load_state_dict(state["model"])
         if not torch.allclose(probe(model), state["probe"], atol=1e-3):
             raise ValueError("another architecture wrote it")
-        return {name: state[name] for name in ("model", "optimizer", "rows", "probe", "base")}
+        assert {"optimizer", "rows", "base"} <= state.keys(), "it is no checkpoint"
+        return state
     except Exception as error:  # a damaged file makes torch raise errors of any kind
         reason = f"{type(error).__name__} {str(error)[:200]}"
         advice = "if it is damaged or of another model, delete it, or choose another --out"
@@ -1009,7 +1010,7 @@ def run(out, config):
     try:
         for checkpoint in itertools.chain([checkpoint], train(config, base_model, checkpoint)):
             rows = checkpoint["rows"]
-            lines = [json.dumps(line) + "\n" for line in [vars(config), *rows]]
+            lines = [json.dumps(line, allow_nan=False) + "\n" for line in [vars(config), *rows]]
             (folder / "log.jsonl").write_text("".join(lines))
             model.load_state_dict(checkpoint["model"])
             save(folder / "checkpoint.pt", model, checkpoint | {"base": base})

@@ -657,7 +657,7 @@ ADVANTAGES = [1.0, -2.0, 0.5, -0.7, 0.3, 2.0, -1.5, 0.9]
 
 
 def weight_by_hand(loss, ratio, A, eps):
-    """Oracle: §6's table, a completion's weight before it is divided."""
+    """Oracle: §5's table, a completion's weight before it is divided."""
     clipped = min(max(ratio, 1 - eps), 1 + eps)
     if loss == "grpo":
         left_alone = ratio > 1 + eps if A > 0 else ratio < 1 - eps
@@ -678,7 +678,7 @@ def gradient(name, log_ratio, advantages, eps=None, group_size=4):
 @pytest.mark.parametrize("name", S.LOSSES)
 @pytest.mark.parametrize("eps", [0.2, 0.5, 1.0, 5.0])
 def test_every_loss_gives_the_weights_of_its_table(name, eps):
-    """§6: the gradient of the loss by log ρ̂ is −weight·A / divisor, two groups of four."""
+    """§5: the gradient of the loss by log ρ̂ is −weight·A / divisor, two groups of four."""
     weights = []
     for x, A in zip(LOG_RATIOS, ADVANTAGES):
         weights.append(weight_by_hand(name, math.exp(x), A, eps))
@@ -732,7 +732,7 @@ def test_equal_rewards_give_exactly_no_gradient(name):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_one_spike_has_no_bound_under_grpo_and_one_under_stabledrl(sign):
     """The paper's first claim. One completion of 8 has log ρ̂ = 5, 10, 20. GRPO's gradient grows as
-    ρ̂ where A < 0, and is 0 where A > 0. StableDRL's is §6's 6/13."""
+    ρ̂ where A < 0, and is 0 where A > 0. StableDRL's is §5's 6/13."""
     A = [sign, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0]
     for spike in (5.0, 10.0, 20.0):
         log_ratio = [spike] + [0.0] * 7
@@ -746,10 +746,11 @@ def test_one_spike_has_no_bound_under_grpo_and_one_under_stabledrl(sign):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_every_finite_log_ratio_gives_a_finite_loss_and_gradient(name, dtype, sign):
-    """Up to e^1000 and down to e^−1000; and GRPO's open case stays the largest."""
+    """Up to e^1000 and down to e^−1000, where A is 0 as well; and GRPO's open case stays the
+    largest."""
     loss, own_eps = S.LOSSES[name]
-    A = sign * torch.tensor([1.0, -1.0] * 4, dtype=dtype)
-    extreme = [1000.0, -1000.0, 0.0, 0.3, -0.3, 300.0, -300.0, 90.0]
+    A = sign * torch.tensor([1.0, -1.0] * 4 + [0.0] * 4, dtype=dtype)
+    extreme = [1000.0, -1000.0, 0.0, 0.3, -0.3, 300.0, -300.0, 90.0, 1000.0, 90.0, -1000.0, 0.0]
     for eps in (own_eps, 0.2, 1.0, 5.0, 1e6):
         leaf = torch.tensor(extreme, dtype=dtype, requires_grad=True)
         value = loss(leaf, A, eps, 4)

@@ -147,6 +147,27 @@ def test_a_run_that_goes_on_further_is_the_run_that_was_asked_for_at_once(tmp_pa
         assert_same_run(whole, cut)
 
 
+def test_a_column_that_is_not_finite_ends_the_run_and_keeps_the_rows_before_it(
+    tmp_path, monkeypatch
+):
+    """JSON has no NaN. Its checkpoint is not written either. And a key that a fork adds is kept."""
+    original = S.train
+
+    def with_nan(*arguments):
+        for checkpoint in original(*arguments):
+            update = checkpoint["rows"][-1]["update"]
+            checkpoint["rows"][-1]["entropy"] = 1.0 if update < 4 else float("nan")
+            yield checkpoint | {"scheduler": update}
+
+    monkeypatch.setattr(S, "train", with_nan)
+    with pytest.raises(ValueError):
+        train(tmp_path)
+    folder = tmp_path / S.run_name(tiny())
+    assert [row.get("update") for row in log_of(folder)] == [None, 0, 2]
+    checkpoint = S.load(folder / "checkpoint.pt", S.new_model(tiny()))
+    assert checkpoint["rows"][-1]["update"] == checkpoint["scheduler"] == 2
+
+
 def test_a_file_is_read_without_its_gpu(tmp_path, monkeypatch):
     """Every tensor of the file is marked as one of cuda:0."""
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
