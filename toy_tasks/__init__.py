@@ -1,12 +1,15 @@
-"""Toy tasks with verifiable rewards. No torch in here: a task is strings, and a judge of strings.
+"""Toy tasks with verifiable rewards. No torch in here: a task makes strings, and judges strings.
 
-A task is any object with these attributes (`toy_tasks/addition.py` is the example to copy):
+A task is any object, a module will do, with these attributes (`toy_tasks/addition.py` is the one to
+copy):
 
     name            what --task calls it
-    vocab           one character per token id; the model adds its [MASK] token behind the last one
-    prompt_len      P, the characters of every prompt, a multiple of block_size
-    completion_len  L, the characters of every completion, a multiple of block_size
-    block_size      B, the characters of a block
+    vocab           one character per token id, without "_"; the model adds its [MASK] token after
+                    the last one, and `decode` shows it as "_"
+    prompt_len      P, the number of characters of a prompt, a multiple of block_size (prompts are
+                    read in blocks, too)
+    completion_len  L, the number of characters of a completion, a multiple of block_size
+    block_size      B, the number of characters of a block
     sample(rng, n, split)       -> n prompts and n reference completions (lists of str), drawn by
                                    the numpy Generator rng; split is "train" or "test", and no
                                    prompt is in both
@@ -25,8 +28,8 @@ TASKS = {task.name: task for task in (addition, addition3, addition5, chain, cou
 
 
 def encode(task, texts):
-    """Strings of one length -> (N, length) int64 array of token ids. ValueError for several
-    lengths, and for a character outside task.vocab."""
+    """Strings of one length -> (N, length) int64 array of token ids. ValueError if their lengths
+    differ, and for a character outside task.vocab."""
     lengths = {len(text) for text in texts}
     if len(lengths) > 1:
         raise ValueError(f"the texts must have one length, not {sorted(lengths)}")

@@ -2,12 +2,12 @@
 
 Why it looks like this:
   * Operands keep their leading zero. So every prompt has 6 characters, and no batch needs padding.
-  * The answer starts at once and is filled up with "." to 4 characters. The dot is an ordinary
-    token that the model must write. So the likelihood covers exactly what was sampled, and no
+  * The answer is left-aligned, and filled up with "." to 4 characters. The dot is an ordinary token
+    that the model must write. So the likelihood covers exactly what was sampled, and no
     padding mask exists anywhere.
-  * Two characters form a block (B = 2): "46|..", "10|2.". Inside a block the digits come in any
-    order, so the tens may have to be written before the units are known, carry and all. This is
-    easy to half-learn, and hard to get right.
+  * Two characters form a block (B = 2): "46|..", "10|2.". Sometimes the tens are written first, and
+    sometimes the units, so the model must know each with and without the other in view, carry and
+    all. This is easy to half-learn, and hard to get right.
   * The reward is 1 for the one right string and 0 for any other. There is nothing to game.
 """
 
@@ -39,7 +39,7 @@ def sample(rng, n, split):
 
 
 def _answer(prompt):
-    """The right completion, or None where the prompt is not one of ours."""
+    """The right completion, or None if the prompt is not of the form NN+NN=."""
     operands = re.fullmatch(r"([0-9]{2})\+([0-9]{2})=", prompt)
     if operands is None:
         return None
@@ -48,6 +48,5 @@ def _answer(prompt):
 
 
 def reward(prompt, completion):
-    """1.0 if `completion` is the right sum, written the one right way, else 0.0. Any two strings
-    will do."""
+    """1.0 if `completion` is the right sum, written the one right way, else 0.0."""
     return float(completion == _answer(prompt))

@@ -1,10 +1,14 @@
-"""Sums of four digits, with the running sums written out:   "7+5+8+6=" -> "122026"   (12, 20, 26)
+"""Sums of four digits, with the running sums from the second digit on:
+
+    "7+5+8+6=" -> "122026"   (12, 20, 26)
 
 Why it looks like this:
-  * One running sum is one block (B = 2), with a leading zero: "09|15|..". So nothing needs padding.
-  * Every block needs the one before it. This is the toy's chain of thought.
-  * The reward is 1 for the right final number, and looks at nothing else. The steps are only a
-    means: a model may learn to skip them, or to recover from a wrong one.
+  * One running sum is one block (B = 2), with a leading zero: "09|15|21". So nothing needs padding.
+  * Every block is easy with the one before it in view. This is the toy's chain of thought.
+  * The reward is 1 for the right final number, and asks of the others only that they are digits. The
+    steps are a means: a model may learn to skip them, or to recover from a wrong one.
+
+The runs of the results page:
 
     python stabledrl.py --task chain --base_accuracy 0.6 --lr 3e-5 --masks coupled --copies 2
 """
@@ -38,7 +42,7 @@ def sample(rng, n, split):
 
 
 def _sums(prompt):
-    """The right running sums, or None where the prompt is not one of ours."""
+    """The right running sums, or None if the prompt is not of the form N+N+N+N=."""
     if not re.fullmatch(r"[0-9](\+[0-9]){3}=", prompt):
         return None
     digits = map(int, prompt[:-1].split("+"))
@@ -47,8 +51,7 @@ def _sums(prompt):
 
 
 def reward(prompt, completion):
-    """1.0 if the last number is the right sum, and all is two-digit numbers, else 0.0. Any two
-    strings will do."""
+    """1.0 if the last number is the right sum, and all six characters are digits, else 0.0."""
     sums = _sums(prompt)
     if sums is None or not re.fullmatch("[0-9]{6}", completion):
         return 0.0

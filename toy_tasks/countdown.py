@@ -1,12 +1,14 @@
-r"""Countdown: reach the target with all three numbers and + - *.
+r"""Countdown: reach the target with all three numbers and + - * ( ).
 
     "3,8,2=22" -> "(3+8)*2."      "5,1,9=14" -> "5*1+9..."
 
 Why it looks like this:
-  * Every prompt has 8 characters, and answers are filled up with "." to 8. Several answers may be
-    right: 2*(8+3) as well.
+  * The target has two digits, so every prompt has 8 characters. Answers are filled up with "." to 8.
+    Several may be right: 2*(8+3) as well.
   * The reward is 1 if each number is used once and the target is hit, and 0.1 if the expression is
-    only well formed. The judge parses; it runs no code.
+    only well formed, be it a lone digit. The judge parses; it runs no code.
+
+The runs of the results page:
 
     python stabledrl.py --task countdown --base_accuracy 0.2 --d_model 96 --prompts 16 --lr 3e-5 \
         --masks coupled --copies 2
@@ -28,11 +30,11 @@ _FORMS = ("{a}{x}{b}{y}{c}", "({a}{x}{b}){y}{c}", "{a}{x}({b}{y}{c})")
 
 
 def _parse(text):
-    """The value of an expression over + - * ( ), the usual way, in linear time; ValueError if it is
-    none."""
+    """The value of an expression over + - * ( ) with the usual precedence, in linear time.
+    ValueError if the text is no expression."""
     tokens = ["end", *re.findall(r"[0-9]+|.", text, re.S)[::-1]]  # the last one is read next
 
-    def series(symbols, part):  # parts, joined by symbols, from left to right
+    def series(symbols, part):  # part (symbol part)*, from left to right
         value = part()
         while tokens[-1] in symbols:
             combine = _OPERATORS[tokens.pop()]
@@ -63,8 +65,8 @@ def _parse(text):
 
 @functools.cache
 def _problems():
-    """{"test": .., "train": ..}: lists of ((*digits, target), all right expressions), split by
-    digits and target."""
+    """{"test": .., "train": ..}: lists of ((*digits, target), the correct expressions of _FORMS),
+    split by digits and target: about one in seven is a test problem."""
     found = {}
     for a, b, c in itertools.product(range(1, 10), repeat=3):
         for x, y in itertools.product("+-*", repeat=2):
@@ -95,7 +97,7 @@ def sample(rng, n, split):
 
 
 def reward(prompt, completion):
-    """1.0, 0.1 or 0.0, as above. Any two strings will do; a length other than 8 earns 0.0."""
+    """1.0, 0.1 or 0.0, as above. A length other than 8 earns 0.0."""
     if not re.fullmatch("[1-9],[1-9],[1-9]=[0-9]{2}", prompt) or len(completion) != completion_len:
         return 0.0
     text = completion.rstrip(".")

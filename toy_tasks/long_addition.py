@@ -7,13 +7,14 @@ Why they look like this:
   * As in `addition`, operands keep zeros in front, answers are filled up with ".", and one string
     is right.
   * The whole answer is one block. Carries run through it, and its digits come in any order. With a
-    smaller --block_size the same task has less of that, and with B = 1 none.
-  * There are too many pairs for a list. Whether a pair is held out follows from its numbers.
+    smaller --block_size there are fewer orders, and with B = 1 there is one.
+  * Numbers of five digits are written with seven, so that P is a multiple of 8.
+  * Too many pairs for a list: whether one is held out follows from its numbers.
 
     python stabledrl.py --task addition3 --d_model 128 --n_layer 4 --lr 3e-5
     python stabledrl.py --task addition5 --d_model 128 --n_layer 4 --lr 3e-5 --loss grpo stabledrl
 
-(A block of 8 is too long for the exact likelihood, so addition5 has no exact ratio.)
+(A block of 8 is too long for the exact likelihood, so addition5 has no exact ratio at its own B.)
 """
 
 import re
@@ -43,8 +44,7 @@ class LongAddition:
         return prompts, answers
 
     def reward(self, prompt, completion):
-        """1.0 if `completion` is the right sum, written the one right way, else 0.0. Any two
-        strings will do."""
+        """1.0 if `completion` is the right sum, written the one right way, else 0.0."""
         number = f"([0-9]{{{self.width}}})"
         operands = re.fullmatch(rf"{number}\+{number}=", prompt)
         if operands is None:
@@ -54,8 +54,8 @@ class LongAddition:
 
 
 def _held_out(a, b):
-    """Whether a + b is a test problem: one pair in ten is, in both orders. 1,009 is prime, so no
-    digit decides."""
+    """Whether a + b is a test problem: one pair in ten is, in both orders. 1,009 shares no factor
+    with 10, so the last digits do not decide."""
     low, high = sorted((a, b))
     return (17 * low + 31 * high) % 1009 < 101
 

@@ -1,16 +1,18 @@
-r"""Sudoku on 4×4 cells:   "12.43.12.143432." -> the 16 digits of the full grid, row by row
+"""Sudoku on 4×4 cells:   "12.43.12.143432." -> the 16 digits of the full grid, row by row
 
 Why it looks like this:
   * A row is a block (B = 4). When it is written, the rows before it are finished and those after it
-    are not. So the first row must already fit what will come, and only the givens tell.
+    are not. So the first row must already fit what will come, which only the givens show.
   * 12 cells are given, chosen so that exactly one of the 288 grids fits. The model writes all 16,
     and copying the givens is part of the work.
-  * The split is by grid: no solution of a test puzzle has been seen in training.
-  * The reward is the share of empty cells that are right. A given that was overwritten counts as
+  * The split is by grid: no solution of a test puzzle (28 of the 288 grids) has been seen in
+    training, though its mirror images may have been.
+  * The reward is the share of empty cells that are right. A given that was copied wrongly counts as
     one more wrong cell. So reward 1 means solved, and `accuracy` in the log is the solved rate.
 
-    python stabledrl.py --task sudoku --base_accuracy 0.6 --prompts 16 --lr 3e-5 --masks coupled \
-        --copies 2
+The runs of the results page:
+
+    python stabledrl.py --task sudoku --base_accuracy 0.6 --prompts 16 --lr 3e-5
 """
 
 import functools
@@ -47,7 +49,8 @@ def _all_grids():
 
 _GRIDS = np.random.default_rng(0).permutation(_all_grids())
 _SPLITS = {"test": range(0, 28), "train": range(28, 288)}
-# Cells as the digits of one number: grids that agree on the givens have the same number.
+# Cells as the digits of one number: grids have the same number if they agree on the givens, and only
+# then. (5^16 is exact in a float.)
 _PLACES = 5.0 ** np.arange(16)
 
 
@@ -71,8 +74,8 @@ def sample(rng, n, split):
 
 @functools.lru_cache(2**14)
 def _solution(prompt):
-    """The only grid that fits, as a str; None where the prompt is no puzzle with one solution and
-    an empty cell."""
+    """The only grid that fits, as a str; None if the prompt has no empty cell, or not exactly one
+    solution."""
     if len(prompt) != 16 or not set(prompt) <= set(vocab) or "." not in prompt:
         return None
     cells = np.array([vocab.index(c) + 1 for c in prompt])
@@ -83,8 +86,8 @@ def _solution(prompt):
 
 
 def reward(prompt, completion):
-    """Right empty cells / (empty cells + overwritten givens); 0.0 for another length. Any two
-    strings will do."""
+    """Empty cells filled correctly / (empty cells + givens copied wrongly); 0.0 for another
+    length."""
     solution = _solution(prompt)
     if solution is None or len(completion) != 16:
         return 0.0
