@@ -41,7 +41,6 @@ The sections:
   §5 Losses         what do GRPO and StableDRL do with it?
   §6 Training       how does it all run?
   §7 Command line   files, flags, processes, table and figure
-If you have half an hour, read this docstring, §5, and `one_batch` in §6.
 
 Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
   q       prompts      (M, P)     M prompts of P tokens each; in the task of addition, "12+34="
@@ -190,8 +189,8 @@ def block_causal_mask(length, block_size, device=None):
 
 def check_lengths(block_size, *lengths):
     """AssertionError unless all are multiples of block_size. The sampler counts blocks from the
-    first token of the completion, and the masks from that of the prompt: the same only if B divides
-    P."""
+    first token of the completion, and the attention masks from that of the prompt: the same only if
+    B divides P."""
     for length in lengths:
         assert length % block_size == 0, (
             f"lengths {lengths} must be multiples of block_size {block_size}"
@@ -208,7 +207,7 @@ def check_lengths(block_size, *lengths):
 #
 # Real models mostly write the most confident place first (order="confidence"), since their
 # completions are then better. That is another policy: the order follows from θ, and changes while θ
-# moves. Here it serves for evaluation, with the likeliest token at each place: see `accuracy`.
+# moves. Here it serves for evaluation, with the likeliest token at each place: see `evaluate`.
 #
 # For B = 2 each step reads what stands in brackets. The rest is cached. _ is [MASK].
 #     [12+34=]     12+34=[__]  12+34=[4_]  12+34=[46]     12+34=46[__]  12+34=46[_.]
@@ -257,7 +256,7 @@ def generate(
             priority = priority.masked_fill(block != model.mask_id, -1)  # written places last
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
             logits = logits.take_along_dim(place[:, :, None], dim=1)[:, 0]  # (N, vocab)
-            if not logits.logsumexp(-1).isfinite().all():  # −∞ is meant for [MASK]
+            if not logits.logsumexp(-1).isfinite().all():  # NaN or +∞; −∞ passes, as for [MASK]
                 raise FloatingPointError("the model's logits are not finite")
             token = logits.argmax(-1, keepdim=True)  # (N, 1)
             if temperature > 0:
@@ -349,7 +348,7 @@ def token_log_probs(model, prompts, completions, block_size, masks):
     positions = staircase_positions(P, L, K, prompts.device)  # (S,)
     noisy = torch.where(masks, model.mask_id, completions[:, None])  # (N, K, L)
     tokens = torch.cat((completions, noisy.flatten(1)), dim=1)  # (N, L + K·L)
-    _, cache = model.read(prompts, positions[:P], mask[:P, :P])  # with its gradient
+    _, cache = model.read(prompts, positions[:P], mask[:P, :P])  # gradients flow through it
     logits, _ = model.read(tokens, positions[P:], mask[P:], cache)  # (N, L + K·L, vocab)
     noisy_logits = logits[:, L:].mT  # (N, vocab, K·L), as cross_entropy wants it
     targets = completions.repeat(1, K)  # (N, K·L)
@@ -397,7 +396,7 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 # σ, then E[e^η] = e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios
 # would be e² = 7 times too large on average. Real noise has heavier tails (README's figure), and
 # the average is larger still. Bad completions are the noisy ones: improbable tokens move the
-# estimate most, and improbable tokens are mostly wrong.
+# estimate most, and are mostly wrong.
 #
 # What lowers the noise?
 #   * More copies: σ falls as 1/√K. Coupled copies (below) are better than independent ones.
@@ -426,7 +425,7 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
     """The log-probability (N,) if each block were written in one step from blanks, its tokens
     independent of each other (d1, Zhao et al., arXiv 2504.12216). It has no noise, but a bias of
-    either sign. GRPO learns with it on addition (results page)."""
+    either sign. GRPO learns with it on addition (see .github/results/README.md)."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, block_size, everything).sum((-2, -1))
 
@@ -436,9 +435,9 @@ def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
     order: Σ log p of each token at the step at which it was written. It uses no random numbers, so
     the ratio is 1 at θ = θ_old. It costs B copies. (TraceRL, Wang et al., arXiv 2509.06949.)
 
-    The ratio is not ρ, but that of the pair of completion y and order o. It is a valid weight as
-    well: E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o) this is again
-    the gradient of the expected reward. The probability of a random order, 1/B! per block, does not
+    Its ratio is not ρ, but that of the pair (completion y, order o). It is a valid weight as well:
+    E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o) this is again the
+    gradient of the expected reward. The probability of a random order, 1/B! per block, does not
     depend on θ, so it is left out. (That of the most confident place first does depend on θ: for
     such an order this is wrong.)"""
     step = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
@@ -479,9 +478,9 @@ def exact_elbo(model, prompts, completions, block_size, masks=None, steps=None):
 def exact_log_likelihood(model, prompts, completions, block_size, masks=None, steps=None):
     """log π(completion | prompt) in nats (N,), if `generate` writes with order="random" and
     temperature=1. Per block, reach[h] is the probability that the sampler gets to the state in
-    which exactly the set h is hidden, and the rest is that of the completion. In the state before,
-    one more place i was hidden. The sampler chose it with probability 1/|h∪{i}|, and wrote y_i
-    there. So
+    which exactly the set h is hidden, and all other tokens are the completion's. In the state
+    before, one more place i was hidden. The sampler chose it with probability 1/|h∪{i}|, and wrote
+    y_i there. So
         reach[h] = Σ_{i not in h} reach[h∪{i}] / |h∪{i}| · p(y_i while h∪{i} is hidden)
     For B = 2 and a block ab:
         reach[{a,b}] = 1,   reach[{b}] = ½ p(a),   reach[{a}] = ½ p(b),
@@ -543,7 +542,7 @@ def group_advantages(rewards, group_size):
 
     Is mean A·g the gradient of the expected reward? Yes, if g is the gradient of log π (that of a
     lower bound is another), up to two habits of GRPO:
-      * The mean of the group contains the completion's own reward: a factor 1 − 1/G.
+      * The mean of the group contains the completion's own reward: the gradient shrinks by 1 − 1/G.
       * The division gives more weight to prompts that are nearly always or nearly never solved: the
         divisor is 0.33 if one of eight is right, and 0.5 if four are.
     (For G = 2 and rewards of 0 or 1 the two cancel, as a test shows.)"""
@@ -596,9 +595,9 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     its direction, by who has how much weight.
       * The update of a group is a weighted mean of its A_j·g_j, so its norm is at most
         max_j |A_j|·‖g_j‖, whatever the ratios are.
-      * Line 1: beside seven completions of ratio 1 a noisy one has at most (1+ε)/(1+ε+7) = 6/13 of
-        its group, if ε = 5. Without it, it may have all. (For ε ≥ 1 small ratios are not lifted:
-        beside seven of ratio 0.01 one of ratio 6 has nearly all.)
+      * Line 1: a weight is at most 1+ε. So beside seven completions of ratio 1 a noisy one has at
+        most (1+ε)/(1+ε+7) = 6/13 of its group, if ε = 5; without line 1 it may have all. (Beside
+        seven of ratio 0.01 it may still have nearly all.)
       * Line 2: each group counts 1/M. Without it, groups with large ratios outweigh the others.
 
     What does it give up? There is no 0 in its column of the table. In GRPO, once the updates of a
@@ -624,7 +623,7 @@ def clip_only_loss(log_ratio, advantages, clip_eps, group_size):
 # --loss: name -> (function(log_ratio, advantages, clip_eps, group_size) -> scalar, its default ε).
 LOSSES = {
     "grpo": (grpo_loss, 0.2),
-    "stabledrl": (stabledrl_loss, 5.0),
+    "stabledrl": (stabledrl_loss, 5.0),  # the paper's; 1 is better here, see README
     "clip_only": (clip_only_loss, 5.0),  # without line 2
     "norm_only": (stabledrl_loss, 1e30),  # without line 1: an ε so large that nothing is clipped
     "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
@@ -730,8 +729,8 @@ def answer(model, task, texts, block_size, **options):
 
 
 def evaluate(model, task, block_size, prompts=500):
-    """Held-out prompts, always the same, completed greedily, surest place first -> dict. accuracy:
-    the share that is right; writes: the first three, as text."""
+    """Held-out prompts, always the same, completed greedily, most confident place first -> dict.
+    accuracy: the share that is right; writes: the first three, as text."""
     texts, _ = task.sample(np.random.default_rng(0), prompts, "test")
     batch, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
     right = (rewards == 1).tolist()  # some tasks give less than 1 for less than right
@@ -770,6 +769,10 @@ def pretrain(config):
     raise TimeoutError(f"--base_accuracy {config.base_accuracy} is not reached in 2,000 updates")
 
 
+# log π, to be logged. Without gradients: otherwise torch would keep all 2^B − 1 copies in memory.
+true_log_prob = torch.no_grad()(exact_log_likelihood)
+
+
 def one_batch(config, model, optimizer, done, truths=None):
     """The algorithm: `done` updates have been made, and this makes the next μ. It returns the
     batch, its rewards (N,), a list of log ρ̂ (N,) for each update, and a list of the norms of the
@@ -781,7 +784,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # in case your loss is random
+    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # a loss may draw, too
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -809,7 +812,7 @@ def one_batch(config, model, optimizer, done, truths=None):
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # only if all terms are
+        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # a sum is, if all terms are
             raise FloatingPointError(
                 f"update {done + len(log_ratios) + 1} was not made: loss {loss:.3g}, "
                 f"gradient norm {grad_norm:.3g}"
@@ -838,10 +841,6 @@ def ratio_diagnostics(log_ratio, clip_eps, group_size):
     }
 
 
-# log π, to be logged. Without gradients: otherwise torch would keep all 2^B − 1 copies in memory.
-true_log_prob = torch.no_grad()(exact_log_likelihood)
-
-
 def first_checkpoint(config, base_model):
     """The checkpoint of update 0, and its row of the log: the reward of 2,000 completions of
     training prompts, and what `evaluate` finds."""
@@ -856,8 +855,8 @@ def train(config, base_model, checkpoint=None):
     """RL from the base policy, or on from a checkpoint. Whenever a row of the log is due it yields
     a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far. A row
     has means over all updates since the row before, and for `ratio_max` the maximum. What
-    `evaluate` finds, noise_std, drift, and seconds (since this call) are measured at its update.
-    `train` touches no file. Errors: see `one_batch`, `generate`."""
+    `evaluate` finds, noise_std, drift, and seconds (since this call) are measured at the row's
+    update. `train` touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
     betas = (0.9, 0.99)  # as in StableDRL's release
@@ -885,7 +884,7 @@ def train(config, base_model, checkpoint=None):
             for name, numbers in recent.items():
                 row[name] = sum(numbers) / len(numbers)
             row["ratio_max"] = max(recent["ratio_max"])
-            if truths:  # at the last update of the batch: how far is log ρ̂ from log ρ?
+            if truths:  # at the last update of the batch: how much does log ρ̂ − log ρ vary?
                 noise = log_ratios[-1] - (truths[-1] - truths[0])  # truths[0] is log π_old
                 drift = truths[0] - true_log_prob(base_model, **batch)  # mean: KL(π_old ‖ π_base)
                 row["noise_std"] = noise.std(correction=0).item()
@@ -900,8 +899,8 @@ def train(config, base_model, checkpoint=None):
 # ==== §7  Command line ============================================================================
 # Nothing here belongs to the method: files, flags, processes, a table and a figure. `train` yields
 # checkpoints, and `run` writes them down. A run that goes on is `train` with its last checkpoint. A
-# file also has two fingerprints, `probe` of its model and `base` of the base policy, so that others
-# are refused.
+# file also has two fingerprints, `probe` of its model and `base` of the base policy, so that files
+# of another model or base policy are refused.
 
 REFUSED = (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)
 SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # if neither flag is given
@@ -1086,8 +1085,8 @@ def parse(argv):
 
 def over_seeds(numbers, digits):
     """Mean ± standard deviation, as text."""
-    deviation = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{np.mean(numbers):.{digits}f}{deviation}"
+    deviation = f" ± {np.std(numbers, ddof=1):,.{digits}f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):,.{digits}f}{deviation}"
 
 
 def table(policies):
