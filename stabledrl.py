@@ -403,7 +403,7 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
 #     own, so there are μ old estimates of a batch, all made before its first update, while θ is
-#     θ_old. (The paper makes one old estimate, and draws masks anew for each new one.)
+#     θ_old. (The release makes one old estimate, and draws masks anew for each new one.)
 #   * Another ratio, along the order of writing: `trajectory`, below.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
@@ -521,7 +521,8 @@ ESTIMATORS = {
 #     ρ̂ > 1+ε       0              ρ̂, however large      1+ε
 #     divisor       N              N                     M · Σ of the weights of its group
 # GRPO leaves one case without a bound, the *open case*: a bad completion with a large ratio. But an
-# estimated ratio of 1,000 mostly says that the noise was 6.9 nats.
+# estimated ratio of 1,000 mostly says that the noise was 6.9 nats. (Noise also takes out good
+# completions, whose weight is 0 above 1+ε: see .github/results/README.md for who is hurt more.)
 #
 # Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g, so that a descent step raises
 # Σ A·log π̂. Their *value* is 0 there: GRPO's since Σ A = 0, the others' since log ρ̂ = 0. That is no
@@ -855,8 +856,8 @@ def train(config, base_model, checkpoint=None):
     """RL from the base policy, or on from a checkpoint. Whenever a row of the log is due it yields
     a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far. A row
     has means over all updates since the row before, and for `ratio_max` the maximum. What
-    `evaluate` finds, noise_std, drift, and seconds (since this call) are measured at the row's
-    update. `train` touches no file. Errors: see `one_batch`, `generate`."""
+    `evaluate` finds, and seconds (since this call), are measured at the row's update, noise_std and
+    drift on its batch. `train` touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
     betas = (0.9, 0.99)  # as in StableDRL's release
@@ -940,9 +941,9 @@ def probe(model):
 
 
 def save(path, model, state):
-    """Write a checkpoint under another name, then rename it, so that no file is ever half written.
-    `base` is the probe of the policy that the run began from: of the model itself if the state does
-    not say."""
+    """Write a checkpoint under another name, then rename it, so that no checkpoint is ever half
+    written. `base` is the probe of the policy that the run began from: of the model itself if the
+    state does not say."""
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     own = probe(model)
     torch.save({"base": own} | state | {"probe": own}, unfinished)

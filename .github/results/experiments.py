@@ -142,7 +142,13 @@ def masks_per_batch(num_seqs, copies, completion_len, block_size, generator):
     return S.sample_masks(num_seqs, copies, completion_len, block_size, again)
 
 
-SPIKED = ("grpo", "norm_only", "clip_only", "stabledrl", "no_ratio")
+SPIKED = {
+    "GRPO": "grpo",
+    "StableDRL, line 2 alone": "norm_only",
+    "StableDRL, line 1 alone, ε = 5": "clip_only",
+    "StableDRL, ε = 5": "stabledrl",
+    "no ratio": "no_ratio",
+}
 SIGMAS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0)  # of injected noise, nats
 INJECTED = {
     "GRPO": ("grpo", S.grpo_loss, 0.2),
@@ -153,7 +159,7 @@ WHO = ("good", "bad", "all")
 
 def register():
     """Make all of these known to stabledrl.py. It is called before an experiment is looked at."""
-    for name in SPIKED:
+    for name in SPIKED.values():
         loss, eps = S.LOSSES[name]
         S.LOSSES[f"spiked_{name}"] = (spiked(loss), eps)
     for (name, loss, eps), who, sigma in itertools.product(INJECTED.values(), WHO, SIGMAS):
@@ -232,9 +238,9 @@ POLICIES = {
 }
 OBJECTIVES = {"GRPO": "--loss grpo"} | STABLEDRL
 OBJECTIVES |= {
-    "clip only, ε = 1 (CISPO)": "--loss clip_only --clip_eps 1",
+    "clip only, ε = 1": "--loss clip_only --clip_eps 1",
     "dual clip": "--loss dual_clip",
-    "ρ̂^(1/L) (ESPO)": "--loss per_token",
+    "ρ̂^(1/L)": "--loss per_token",
     "no ratio": "--loss no_ratio",
     "SAPO": "--loss sapo",
     "VESPO": "--loss vespo",
@@ -261,14 +267,18 @@ SHARING = {
 }
 
 
-INJECTION = {}
-for (label, (name, _, eps)), who in itertools.product(INJECTED.items(), WHO):
-    INJECTION["none", f"{label}: {who}"] = f"--loss {name} --clip_eps {eps}"
-    for sigma in SIGMAS:
-        INJECTION[f"{sigma} nats", f"{label}: {who}"] = f"--loss {name}_{who}_{sigma}"
+def injection(label, sigmas):
+    """Cells of a loss with injected noise: how much, and who gets it."""
+    (name, _, eps), cells = INJECTED[label], {}
+    for who in WHO:
+        cells["none", f"{label}: {who}"] = f"--loss {name} --clip_eps {eps}"
+        for sigma in sigmas:
+            cells[f"{sigma} nats", f"{label}: {who}"] = f"--loss {name}_{who}_{sigma}"
+    return cells
 
 
 OWN_RATE = {row: flags for row, flags in LEADING.items() if row != "GRPO"}
+OWN_RATE["GRPO, shared masks"] = "--loss grpo --shared_masks"
 OWN_RATE["GRPO, exact ratio"] = "--loss grpo --estimator exact"
 BEST_RATES = {  # of those of the experiment "rates": highest mean
     "GRPO, exact ratio": "4e-4",
@@ -277,6 +287,7 @@ BEST_RATES = {  # of those of the experiment "rates": highest mean
     "no ratio": "2e-4",
     "VESPO": "4e-4",
     "good only": "4e-4",
+    "GRPO, shared masks": "4e-4",
 }
 RATES = product(OWN_RATE, {f"{rate}e-4": f"--lr {rate}e-4" for rate in (0.5, 1, 2, 4, 8)})
 for row, best in BEST_RATES.items():  # as far as a rate that is too high
@@ -295,8 +306,6 @@ LEFT = {
     "sudoku": f"{SUDOKU} --updates 240",
 }
 WAYS = {
-    "K = 1": "--copies 1",
-    "coupled masks, K = 2": PAIR,
     "mean field": "--estimator mean_field",
     "trajectory": "--estimator trajectory",
     "exact ELBO": "--estimator exact_elbo",
@@ -316,8 +325,9 @@ PARTS = {
 }
 HIDDEN_MEAN = "--estimator hidden_mean --copies 2 --max_grad_norm 0.2"
 RELEASE = {
-    "lower bound for all completions": f"--loss released {HIDDEN_MEAN}",
-    "upper bound mixed in for bad ones": f"--loss released_bound {HIDDEN_MEAN}",
+    "GRPO": f"--loss grpo {HIDDEN_MEAN}",
+    "StableDRL, lower bound for all": f"--loss released {HIDDEN_MEAN}",
+    "StableDRL, upper bound mixed in for bad ones": f"--loss released_bound {HIDDEN_MEAN}",
 }
 SIDES = {
     "one bad completion, pushed down": "--loss one_bad",
@@ -341,6 +351,7 @@ BLOCKS = {f"B = {B}": f"--block_size {B}" for B in (1, 2, 4, 8)}
 IN_BLOCKS = TWO | {"GRPO, trajectory": "--loss grpo --estimator trajectory"}
 
 FIVE = range(5)
+EXACT_320 = "--updates 320 --estimator exact"
 ONE = {"times the base": ""}  # a column
 EXPERIMENTS = {
     "square": Experiment(product(TWO, SQUARE), "xeon", seeds=FIVE),
@@ -348,8 +359,11 @@ EXPERIMENTS = {
     "rates": Experiment(RATES, "genoa", seeds=FIVE),
     "fresh": Experiment(product(FRESH, ONE), "genoa", seeds=range(10, 20)),
     "two_by_two": Experiment(TWO_BY_TWO, "xeon", seeds=FIVE),
-    "injected": Experiment(INJECTION, "genoa", "--updates 320 --estimator exact", FIVE),
-    "release": Experiment(product(RELEASE, MU), "xeon"),
+    "injected": Experiment(injection("GRPO", SIGMAS), "genoa", EXACT_320, FIVE),
+    "injected_stable": Experiment(
+        injection("StableDRL, ε = 1", SIGMAS[1::2]), "genoa", EXACT_320, FIVE
+    ),
+    "release": Experiment(product(RELEASE, MU), "genoa", seeds=FIVE),
     "left": Experiment(product(LEADING, LEFT), "genoa", "--mu 8", FIVE),
     "tunnel": Experiment(product(OBJECTIVES, NOISES), "epyc"),
     "tunnel_8": Experiment(product(OBJECTIVES, NOISES), "epyc", "--updates 600 --mu 8"),
@@ -358,7 +372,7 @@ EXPERIMENTS = {
     "slow": Experiment(product(TWO, {rate: f"--lr {rate}" for rate in SLOW}), "epyc"),
     "parts": Experiment(product(PARTS, MU), "epyc", seeds=FIVE),
     "spikes": Experiment(
-        product({f"`{name}`": f"--loss spiked_{name}" for name in SPIKED}, ONE),
+        product({row: f"--loss spiked_{name}" for row, name in SPIKED.items()}, ONE),
         "epyc",
         "--updates 600 --masks per_batch",
     ),

@@ -28,14 +28,15 @@ COLOURS = {  # one method has one colour in all figures; those of `plot` are in 
     "StableDRL, ε = 1": "tab:cyan",
     "good only": "tab:green",
     "VESPO": "tab:purple",
-    "ρ̂^(1/L) (ESPO)": "tab:brown",
+    "ρ̂^(1/L)": "tab:brown",
     "SAPO": "tab:pink",
     "dual clip": "goldenrod",
     "no ratio": "black",
+    "without noise": "grey",
     "good completions": "goldenrod",
     "bad completions": "saddlebrown",
 }
-ONLY_IN_TABLE = "clip only, ε = 1 (CISPO)"
+ONLY_IN_TABLE = "clip only, ε = 1"
 
 
 def panels(number, height):
@@ -91,10 +92,10 @@ def draw_noise(path):
     left.legend(loc="upper left", handlelength=1)
     for i, (label, shares) in enumerate(noise.read("shares").items()):
         heights = [100 * statistics.median(values) for values in shares.values()]
-        bars = right.bar([0.4 * i, 0.4 * i + 1.2], heights, 0.4, color=COLOURS[label], label=label)
+        bars = right.bar([0.3 * i, 0.3 * i + 1.2], heights, 0.3, color=COLOURS[label], label=label)
         right.bar_label(bars, [f"{height:.0f} %" for height in heights])
-    right.set_xticks([0.2, 1.4], list(shares))
-    right.set(title="share of Σ weight · |A| at a first update", ylim=(0, 115), ylabel="%")
+    right.set_xticks([0.3, 1.5], list(shares))
+    right.set(title="share of Σ ‖weight · A · g‖ at a first update", ylim=(0, 115), ylabel="%")
     right.legend()
     figure.savefig(path)
 

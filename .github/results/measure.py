@@ -7,8 +7,7 @@
                                                      and puts one or several into stabledrl.LOSSES
 
 In page.md {{..}} is an expression of Python, so that each number of the prose is one of the kept
-lines; holds(..) says nothing, but reports a sentence that they do not bear out. What stands between
-<!-- if NAME --> and <!-- end --> is left out while fewer than three seeds of it are complete.
+lines; holds(..) says nothing, but reports a sentence that they do not bear out.
 """
 
 import argparse
@@ -111,14 +110,8 @@ def rows_with(relation, name, column, other, measure=times_base):
     return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]])) or "none"
 
 
-def also(name, anchor, number):
-    """A link to a section that is there once its experiment is."""
-    return f", [{number}](#{anchor})" if len(kept_of(name)[1]) > 2 else ""
-
-
 DECISION = [  # condition, choice, and where its numbers are
-    "old and new estimate can use the same masks/GRPO, one set of masks per update/"
-    "shared/GRPO/{}: per update",
+    "old and new estimate can use the same masks/GRPO with shared masks/shared/GRPO/{}: per update",
     "rewards are 0 or 1, and diversity does not matter/good completions only, no ratio/"
     "two_by_two/good ones alone/{}: no ratio",
     "each batch is used once or twice/no ratio (REINFORCE)/two_by_two/all completions/{}: no ratio",
@@ -129,11 +122,11 @@ DECISION = [  # condition, choice, and where its numbers are
 
 
 def decided(mu):
-    """Condition, choice -> its numbers at μ, if it is for that μ."""
+    """Condition, choice -> its numbers at μ, and whether it is for that μ."""
     found = {}
     for condition, choice, name, row, column in (line.split("/") for line in DECISION):
         fits = mu == "μ = 2" or condition != "each batch is used once or twice"
-        found[condition, choice] = of(name, row, column.format(mu)) if fits else []
+        found[condition, choice] = of(name, row, column.format(mu)), fits
     return found
 
 
@@ -141,20 +134,25 @@ def decision_table():
     """With paired differences from the paper's StableDRL."""
     rows, columns = [], [decided(mu) for mu in ("μ = 2", "μ = 8")]
     for label in columns[0]:
-        numbers = [pm(column[label]) for column in columns]
-        papers = [column["(the paper's ε)", "StableDRL, ε = 5"] for column in columns]
-        differences = [ahead(column[label], paper) for column, paper in zip(columns, papers)]
-        rows.append([*label, *numbers, *differences])
+        cells, differences = [], []
+        for column in columns:
+            (numbers, fits), (papers, _) = (
+                column[label],
+                column["(the paper's ε)", "StableDRL, ε = 5"],
+            )
+            cells.append(pm(numbers) if fits else f"({pm(numbers)})")
+            differences.append(ahead(numbers, papers))
+        rows.append([*label, *cells, *differences])
     return table(
         ["if ..", "then", "μ = 2", "μ = 8", "difference, μ = 2", "difference, μ = 8"], rows
     )
 
 
 def alike(mu):
-    """The pairs of rows, by their numbers, that a paired test does not tell apart."""
-    rows = [numbers for numbers in decided(mu).values()]
-    pairs = itertools.combinations([i for i, numbers in enumerate(rows, 1) if numbers], 2)
-    return [(i, j) for i, j in pairs if "not" in order(rows[i - 1], rows[j - 1])]
+    """The pairs of rows, by their numbers, that a paired test does not tell apart at their μ."""
+    rows = [(i, numbers) for i, (numbers, fits) in enumerate(decided(mu).values(), 1) if fits]
+    pairs = itertools.combinations(rows, 2)
+    return [(i, j) for (i, one), (j, two) in pairs if order(one, two) == "not told apart from"]
 
 
 def held(line):
@@ -263,14 +261,6 @@ def tails_table():
     return table(["", "five base policies"], rows)
 
 
-def shares_table():
-    rows = []
-    for label, found in noise.read("shares").items():
-        quartiles = [statistics.quantiles(numbers) for numbers in found.values()]
-        rows.append([label, *(" / ".join(f"{x:.2f}" for x in three) for three in quartiles)])
-    return table(["quartiles over 50 batches", *found], rows)
-
-
 def drift_table():
     """Means over the runs that reached the end, at the start and there."""
     rows = []
@@ -294,13 +284,14 @@ TABLES = {  # of an experiment -> how it is shown, if not by `grid` as it is
     "parts": AGAINST_5,
     "left": AGAINST_5,
     "one_sided": functools.partial(grid, measures=[("", outcome), ("drift", drift_at_end)]),
+    "ways": functools.partial(grid, measures=[("", outcome), NOISE]),
+    "release": functools.partial(grid, measures=[("", outcome), NOISE]),
     "tasks": functools.partial(grid, once=[BASE, NOISE]),
     "sizes": functools.partial(grid, once=[BASE, NOISE]),
     "blocks": functools.partial(grid, once=[BASE], measures=[("", outcome), NOISE]),
 }
 OTHERS = {  # no experiments: function, and where it was measured
     "tails": (tails_table, "xeon"),
-    "shares": (shares_table, "xeon"),
     "drift": (drift_table, "h100"),
 }
 
@@ -350,13 +341,7 @@ def values(text):
 
 def fill(template):
     """page.md -> README.md."""
-
-    def section(match):
-        return match[2] + match[3] if len(kept_of(match[1])[1]) > 2 else ""
-
-    sections = r"<!-- if (\S+) -->\n(.*?)<!-- end -->\n(\n?)"
-    text = values(re.sub(sections, section, template, flags=re.DOTALL))
-    return "\n\n".join(map(wrap, text.split("\n\n"))) + "\n"
+    return "\n\n".join(map(wrap, values(template).split("\n\n"))) + "\n"
 
 
 def make_page():

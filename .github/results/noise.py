@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from experiments import FIVE, HERE, POLICIES, SMALL, S, load, make_bases, short
 
+SHARES = {"GRPO": ("grpo", 1), "StableDRL": ("stabledrl", 1), "without noise": ("grpo", 0)}
 BINS = np.arange(-20.25, 20.5, 0.5)  # of log ρ̂ in nats; the middle one is centred on 0
 
 
@@ -86,24 +87,38 @@ def tail_of(log_ratio, good, generator):
     return shortened(numbers)
 
 
+def gradient_norms(model, batch, masks):
+    """(N,): the norm of the gradient of each completion's log π̂."""
+    norms, samples = [], len(masks) // len(batch["prompts"])
+    for i in range(len(masks)):
+        own = {name: batch[name][i : i + 1] for name in ("completions", "steps")}
+        own["prompts"] = batch["prompts"][i // samples : i // samples + 1]
+        log_prob = S.elbo(model, masks=masks[i : i + 1], block_size=batch["block_size"], **own)
+        gradients = torch.autograd.grad(log_prob.sum(), model.parameters())
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+    return torch.stack(norms)
+
+
 def measure_shares(out):
     """The first update of ten batches of each base policy, where ρ = 1: the share of all bad
-    completions, and of the heaviest single one, in Σ |weight·A|."""
-    found, batches = {}, list(itertools.product(bases(out), range(10)))
-    for label, name in (("GRPO", "grpo"), ("StableDRL", "stabledrl")):
-        bad, heaviest = [], []
-        loss, eps = S.LOSSES[name]
-        for (config, base), number in batches:
-            generator = S.stream(config, f"shares {number}")
-            batch, rewards = complete(base, config, [3, config.seed, number], 32, generator)
-            advantages = S.group_advantages(rewards, 8)
-            log_ratio = log_ratios(base, batch, 1, generator)[0].requires_grad_()
-            loss(log_ratio, advantages, eps, 8).backward()
-            weight = log_ratio.grad.abs()  # |weight·A| / divisor
-            share = weight / weight.sum()
-            bad.append(short(share[advantages < 0].sum().item()))
-            heaviest.append(short(share.max().item()))
-        found[label] = {"all bad completions": bad, "the heaviest of 256": heaviest}
+    completions, and of the heaviest single one, in Σ ‖weight·A·g‖."""
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    for (config, base), number in itertools.product(bases(out), range(10)):
+        generator = S.stream(config, f"shares {number}")
+        batch, rewards = complete(base, config, [3, config.seed, number], 32, generator)
+        advantages = S.group_advantages(rewards, 8)
+        new, old = (S.sample_masks(256, 1, 4, config.block_size, generator) for _ in range(2))
+        with torch.no_grad():
+            log_ratio = S.elbo(base, masks=new, **batch) - S.elbo(base, masks=old, **batch)
+        norms = gradient_norms(base, batch, new)
+        for label, (name, noise) in SHARES.items():
+            leaf = (noise * log_ratio).requires_grad_()
+            loss, eps = S.LOSSES[name]
+            loss(leaf, advantages, eps, 8).backward()
+            push = leaf.grad.abs() * norms
+            share = push / push.sum()
+            found[label]["all bad completions"].append(short(share[advantages < 0].sum().item()))
+            found[label]["the heaviest of 256"].append(short(share.max().item()))
     write("shares", found)
 
 
