@@ -72,7 +72,8 @@ def draw_square(path):
     for (loss, column), lines in found.items():
         ratio, updates = column.split(", ")
         if updates == "1,200 updates":
-            policies[f"{loss}, {ratio}"] = [rows_of(line) for line in lines]
+            label = f"{loss}, {ratio.removesuffix(' ratio')}"
+            policies[label] = [rows_of(line) for line in lines]
     S.plot(policies, path)
 
 
