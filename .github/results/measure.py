@@ -96,12 +96,6 @@ def of(name, row, column, measure=times_base):
     return [measure(line) for line in kept_of(name)[0][row, column]]
 
 
-def versus(name, column, row, other):
-    """Two rows of an experiment, in words."""
-    pair = of(name, row, column), of(name, other, column)
-    return f"{order(*pair)} {other} ({ahead(*pair)})"
-
-
 def rows_with(relation, name, column, other, measure=times_base):
     """The rows of an experiment that stand in a relation of `order` to another, in words."""
     others = of(name, other, column, measure)
