@@ -104,21 +104,23 @@ def rows_with(relation, name, column, other, measure=times_base):
     return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]])) or "none"
 
 
-DECISION = [  # condition, choice, and where its numbers are
-    "old and new estimate can use the same masks/GRPO with shared masks/shared/GRPO/{}: per update",
+DECISION = [  # condition, choice, where its numbers are, and its row among the new seeds
+    "old and new estimate can use the same masks/GRPO with shared masks/"
+    "shared/GRPO/{}: per update/GRPO, shared masks",
     "rewards are 0 or 1, and diversity does not matter/good completions only, no ratio/"
-    "two_by_two/good ones alone/{}: no ratio",
-    "each batch is used once or twice/no ratio (REINFORCE)/two_by_two/all completions/{}: no ratio",
-    "none of these fits/StableDRL, ε = 1/shared/StableDRL, ε = 1/{}: anew",
-    "(the paper's ε)/StableDRL, ε = 5/shared/StableDRL, ε = 5/{}: anew",
-    "(for comparison)/GRPO, masks drawn anew/shared/GRPO/{}: anew",
+    "two_by_two/good ones alone/{}: no ratio/good only",
+    "each batch is used once or twice/no ratio (REINFORCE)/"
+    "two_by_two/all completions/{}: no ratio/no ratio",
+    "none of these fits/StableDRL, ε = 1/shared/StableDRL, ε = 1/{}: anew/StableDRL, ε = 1",
+    "(the paper's ε)/StableDRL, ε = 5/shared/StableDRL, ε = 5/{}: anew/StableDRL, ε = 5",
+    "(for comparison)/GRPO, masks drawn anew/shared/GRPO/{}: anew/",
 ]
 
 
 def decided(mu):
     """Condition, choice -> its numbers at μ, and whether it is for that μ."""
     found = {}
-    for condition, choice, name, row, column in (line.split("/") for line in DECISION):
+    for condition, choice, name, row, column, _ in (line.split("/") for line in DECISION):
         fits = mu == "μ = 2" or condition != "each batch is used once or twice"
         found[condition, choice] = of(name, row, column.format(mu)), fits
     return found
@@ -127,7 +129,7 @@ def decided(mu):
 def decision_table():
     """With paired differences from the paper's StableDRL."""
     rows, columns = [], [decided(mu) for mu in ("μ = 2", "μ = 8")]
-    for label in columns[0]:
+    for label, line in zip(columns[0], DECISION):
         cells, differences = [], []
         for column in columns:
             (numbers, fits), (papers, _) = (
@@ -136,10 +138,11 @@ def decision_table():
             )
             cells.append(pm(numbers) if fits else f"({pm(numbers)})")
             differences.append(ahead(numbers, papers))
+        row = line.split("/")[-1]
+        cells.append(pm(of("fresh", row, "times the base", held) if row else []))
         rows.append([*label, *cells, *differences])
-    return table(
-        ["if ..", "then", "μ = 2", "μ = 8", "difference, μ = 2", "difference, μ = 8"], rows
-    )
+    head = ["μ = 2", "μ = 8", "own rate, new seeds", "difference, μ = 2", "difference, μ = 8"]
+    return table(["if ..", "then", *head], rows)
 
 
 def alike(mu):

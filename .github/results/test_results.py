@@ -355,9 +355,6 @@ FACTS = [  # the sentences of README that have results or two decimals in them, 
     "{{av(of('ways', 'trajectory', 'GRPO'))}} with the ratio of the trajectory "
     "([below](#longer-blocks-and-the-trajectory)), and at "
     "{{av(of('tunnel', 'GRPO', 'coupled, K = 2'))}} with coupled masks",
-    "rows 1 to 5 end at {{', '.join(av(of('fresh', row, 'times the base', held)) for row in "
-    "('GRPO, shared masks', 'good only', 'no ratio', 'StableDRL, ε = 1'))}} and "
-    "{{av(of('fresh', 'StableDRL, ε = 5', 'times the base', held))}}",
     "GRPO ends at {{av(of('release', 'GRPO', 'μ = 2'))}} at μ = 2 and at "
     "{{av(of('release', 'GRPO', 'μ = 8'))}} at μ = 8, and StableDRL at "
     "{{av(of('release', 'StableDRL, lower bound for all', 'μ = 2'))}} and "
