@@ -370,7 +370,7 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
       3. A prediction depends on which tokens are visible, not on the order in which they were
          written. So this is also a mean over sets. When a random step begins, m tokens are hidden,
          with m uniform on 1..B. In a random order every set of m tokens is equally likely to be the
-         hidden one, and each of its tokens equally likely to be written next. So the mean in 2. is
+         hidden set, and each of its tokens equally likely to be written next. So the mean in 2. is
          a mean over m, and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with
          probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
@@ -399,7 +399,7 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 # estimate most, and are mostly wrong.
 #
 # What lowers the noise?
-#   * More copies: σ falls as 1/√K. Coupled copies (below) are better than independent ones.
+#   * More copies: σ falls as 1/√K. Coupled copies (below) have less noise than independent ones.
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
 #     own, so there are μ old estimates of a batch, all made before its first update, while θ is
@@ -543,7 +543,7 @@ def group_advantages(rewards, group_size):
 
     Is mean A·g the gradient of the expected reward? Yes, if g is the gradient of log π (that of a
     lower bound is another), up to two habits of GRPO:
-      * The mean of the group contains the completion's own reward: the gradient shrinks by 1 − 1/G.
+      * The mean of the group contains the completion's own reward, which costs a factor 1 − 1/G.
       * The division gives more weight to prompts that are nearly always or nearly never solved: the
         divisor is 0.33 if one of eight is right, and 0.5 if four are.
     (For G = 2 and rewards of 0 or 1 the two cancel, as a test shows.)"""
@@ -785,7 +785,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # a loss may draw, too
+    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # for losses that draw
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -813,7 +813,7 @@ def one_batch(config, model, optimizer, done, truths=None):
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # a sum is, if all terms are
+        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # a sum is only if its terms are
             raise FloatingPointError(
                 f"update {done + len(log_ratios) + 1} was not made: loss {loss:.3g}, "
                 f"gradient norm {grad_norm:.3g}"
