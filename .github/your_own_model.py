@@ -158,8 +158,7 @@ def learn(model, optimizer, micro_batches, mu, mask_id, shared_masks=True, **opt
         old_log_probs = [log_probs(model, batch, mask_id) for batch in batches]  # (n,) each
     else:
         old_log_probs = [log_probs(model, with_masks(micro_batches), mask_id)] * mu
-    made = []
-    for batch, old_log_prob in zip(batches, old_log_probs):
-        update = training_step(model, optimizer, batch, old_log_prob, mask_id=mask_id, **options)
-        made.append(update)
-    return made
+    return [
+        training_step(model, optimizer, batch, old_log_prob, mask_id=mask_id, **options)
+        for batch, old_log_prob in zip(batches, old_log_probs)
+    ]

@@ -107,7 +107,8 @@ def measure_shares(out):
         generator = S.stream(config, f"shares {number}")
         batch, rewards = complete(base, config, [3, config.seed, number], 32, generator)
         advantages = S.group_advantages(rewards, 8)
-        new, old = (S.sample_masks(256, 1, 4, config.block_size, generator) for _ in range(2))
+        N, L = batch["completions"].shape
+        new, old = (S.sample_masks(N, 1, L, config.block_size, generator) for _ in range(2))
         with torch.no_grad():
             log_ratio = S.elbo(base, masks=new, **batch) - S.elbo(base, masks=old, **batch)
         norms = gradient_norms(base, batch, new)
