@@ -10,26 +10,24 @@ How rewards train a model (skip it if you know GRPO). As a distribution over com
 is a *policy* π_θ with parameters θ. It completes each prompt G times; these G completions are a
 *group*. A judge gives each completion a reward. Its *advantage* A is that reward minus the mean of
 its group, divided by the standard deviation of the group. It is a *good* completion if A > 0, and a
-*bad* one if A < 0. Gradient ascent on Σ A·log π_θ(completion) raises the expected reward as long as
-π_θ is the policy that wrote the completions, π_old. This is REINFORCE: the gradient of E[reward] is
-E[reward·∇log π_θ]. A number that does not depend on the completion may be subtracted from the
-reward, since E[∇log π_θ] = 0. (The mean of the group does depend on it a little: see §5.)
+*bad* one if A < 0. The gradient of the expected reward is E[reward·∇log π_θ]. A number that does
+not depend on the completion may be subtracted from the reward, since E[∇log π_θ] = 0. So gradient
+ascent on Σ A·log π_θ(completion) raises the expected reward (REINFORCE).
 
-After one optimiser step (an *update*) π_θ is another policy. To use the completions for μ updates,
-PPO and GRPO weight them by the *importance ratio* ρ = π_θ/π_old. The reason is importance sampling:
-E_old[ρ·f] = E_θ[f] for any f, so weighted samples of the old policy average like samples of the new
-one. So E_old[ρ·A·∇log π_θ] is the gradient of the expected reward again. Since ∇ρ = ρ·∇log π_θ, it
-equals ∇E_old[ρ·A]. At the first update every ρ is 1.
+That holds for completions which π_θ itself wrote. After one optimiser step (an *update*) the policy
+that wrote them, π_old, is another one. To use them for μ updates, PPO and GRPO weight them by the
+*importance ratio* ρ = π_θ/π_old: for any f, E_old[ρ·f] = E_θ[f]. So E_old[ρ·A·∇log π_θ] is the
+gradient of the expected reward again. It is also the gradient of E_old[ρ·A], since ∇ρ = ρ·∇log π_θ.
 
 Why GRPO breaks on such a model:
   1. A block can be written in many orders. Its probability is a mean over them, too much to compute
      for a real model. So log π is *estimated*, with random numbers (§3).
   2. exp magnifies the error: ρ̂ = exp(log π̂_θ − log π̂_old) may be 10,000 where ρ is 1 (§4).
-  3. GRPO maximises min(ρ̂·A, clip(ρ̂)·A), so the clip counts only where it makes the objective
-     smaller. With ρ̂ = 10,000 a good completion gets weight 0, and a bad one weight 10,000 (§5).
+  3. GRPO maximises min(ρ̂·A, clip(ρ̂)·A). With ρ̂ = 10,000 a good completion gets the weight 0, and a
+     bad one the weight 10,000 (§5).
   4. So nearly all of an update pushes a few bad completions down, those with the most noise.
-  5. Pushing up stops by itself, as the gradient of log p with respect to the logits vanishes for
-     p → 1. It does not vanish for p → 0. And all completions share θ: a push moves good ones too.
+  5. Pushing down does not stop by itself, as pushing up does (README says why), and it moves all
+     other completions as well, since they share θ.
 StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum.
 
@@ -376,8 +374,8 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it.
 
-    (BD3-LM hides each token with a probability t, uniform on (0, 1), and divides by t. This gives
-    the same ELBO, since ∫ t^m·(1−t)^(B−m)/t dt = 1/(m·C(B,m)) = 1/B · 1/C(B,m) · B/m.)"""
+    (BD3-LM hides each token with a probability t, uniform on (0, 1), and divides by t instead of
+    m/B. On average that is the same.)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     blocks = (-1, block_size)
     log_p, hidden = log_p.unflatten(-1, blocks), masks.unflatten(-1, blocks)  # (N, K, L/B, B)
@@ -389,21 +387,18 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 # ==== §4  Noise ===================================================================================
 # How wrong is that estimate, and how can its noise be removed? In README's example (B = 2; one
 # token is certain, and the other has p = 0.01, log p = −4.6, whatever is visible) log π̂ is −4.6, 0
-# or −9.2. That is right on average. But log π̂_θ and log π̂_old have different random masks, and may
-# differ by 9.2 though θ = θ_old: then ρ̂ = e^9.2 = 10,000 where ρ = 1.
+# or −9.2. Since log π̂_θ and log π̂_old have different random masks, they may differ by 9.2 though
+# θ = θ_old. Then ρ̂ is e^9.2 = 10,000 where ρ = 1.
 #
-# Let η be the noise of log ρ̂, so that ρ̂ = ρ·e^η. If η is normal with mean 0 and standard deviation
-# σ, then E[e^η] = e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios
-# would be e² = 7 times too large on average. Real noise has heavier tails (README's figure), and
-# the average is larger still. Bad completions are the noisy ones: improbable tokens move the
-# estimate most, and are mostly wrong.
+# Say the noise of log ρ̂ is normal, with mean 0 and standard deviation σ. Then ρ̂/ρ has the mean
+# e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios would be e² = 7
+# times too large on average. Real noise has heavier tails, and the average is larger still.
 #
 # What lowers the noise?
 #   * More copies: σ falls as 1/√K. Coupled copies (below) have less noise than independent ones.
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
-#     own, so there are μ old estimates of a batch, all made before its first update, while θ is
-#     θ_old. (The release makes one old estimate, and draws masks anew for each new one.)
+#     own, so there are μ old estimates of a batch, all made before its first update.
 #   * Another ratio, along the order of writing: `trajectory`, below.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
@@ -514,19 +509,12 @@ ESTIMATORS = {
 
 # ==== §5  Losses ==================================================================================
 # What do GRPO and StableDRL do with the estimate? Let g be the gradient of log π̂_θ(y) with respect
-# to θ. All losses here have the gradient −Σ weight·A·g / divisor, a sum over N completions:
-#     weight        GRPO, A > 0    GRPO, A < 0           StableDRL, any A
-#     ρ̂ < 1−ε       ρ̂              0                     1−ε (cannot happen if ε ≥ 1)
-#     in between    ρ̂              ρ̂                     ρ̂
-#     ρ̂ > 1+ε       0              ρ̂, however large      1+ε
-#     divisor       N              N                     M · Σ of the weights of its group
-# GRPO leaves one case without a bound, the *open case*: a bad completion with a large ratio. But an
-# estimated ratio of 1,000 mostly says that the noise was 6.9 nats. (Noise also takes out good
-# completions, whose weight is 0 above 1+ε: see .github/results/README.md for who is hurt more.)
+# to θ. All losses here have the gradient −Σ weight·A·g / divisor, a sum over N completions. README
+# has a table of these weights, and the docstrings below derive them. GRPO leaves one case without a
+# bound, the *open case*: a bad completion with a large ratio.
 #
-# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g, so that a descent step raises
-# Σ A·log π̂. Their *value* is 0 there: GRPO's since Σ A = 0, the others' since log ρ̂ = 0. That is no
-# bug. The value of these losses means nothing, and only their gradient is used.
+# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there, and
+# that is no bug: it means nothing, and only the gradient is used.
 #
 # Why not a ratio per token, as in a GPT? A term of log π̂ is the log-probability of a token given
 # what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old are
@@ -541,12 +529,11 @@ def group_advantages(rewards, group_size):
     (If rewards are 0 or 1, and a prompt is solved with probability p, this happens with probability
     p^G + (1−p)^G.)
 
-    Is mean A·g the gradient of the expected reward? Yes, if g is the gradient of log π (that of a
-    lower bound is another), up to two habits of GRPO:
+    Does mean A·g estimate the gradient of the expected reward? Yes, if g is the gradient of log π
+    (that of a lower bound is another), up to two habits of GRPO:
       * The mean of the group contains the completion's own reward, which costs a factor 1 − 1/G.
       * The division gives more weight to prompts that are nearly always or nearly never solved: the
-        divisor is 0.33 if one of eight is right, and 0.5 if four are.
-    (For G = 2 and rewards of 0 or 1 the two cancel, as a test shows.)"""
+        divisor is 0.33 if one of eight is right, and 0.5 if four are."""
     check_batch(group_size, rewards)
     groups = (rewards * 1.0).view(-1, group_size)  # (M, G); 1.0: whole numbers to floats
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
@@ -592,8 +579,7 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     ∇ρ̂ = ρ̂·g supplies weight and g at once. Here the weights are constants that we choose, and
     log_ratio supplies g, since ∇log ρ̂ = g. (Without `detach` there would be a term A·log ρ̂·∇w.)
 
-    What does it gain? Gradient-norm clipping and Adam set the length of a step; these lines mend
-    its direction, by who has how much weight.
+    What does it gain?
       * The update of a group is a weighted mean of its A_j·g_j, so its norm is at most
         max_j |A_j|·‖g_j‖, whatever the ratios are.
       * Line 1: a weight is at most 1+ε. So beside seven completions of ratio 1 a noisy one has at
@@ -601,10 +587,9 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
         seven of ratio 0.01 it may still have nearly all.)
       * Line 2: each group counts 1/M. Without it, groups with large ratios outweigh the others.
 
-    What does it give up? There is no 0 in its column of the table. In GRPO, once the updates of a
-    batch have moved a completion by more than ε in the intended direction, its weight becomes 0,
-    and it is left alone. StableDRL goes on moving it. So ε means two things: that of GRPO (0.2) is
-    a *trust region*, and that of StableDRL (5) cuts a long tail."""
+    What does it give up? In GRPO, once the updates of a batch have moved a completion by more than
+    ε in the intended direction, its weight becomes 0. StableDRL goes on moving it. So ε means two
+    things: GRPO's (0.2) is a *trust region*, and StableDRL's (5) cuts a long tail."""
     check_batch(group_size, log_ratio, advantages)
     log_lower = math.log(1 - clip_eps) if clip_eps < 1 else -math.inf
     clipped = log_ratio.detach().clamp(log_lower, math.log(1 + clip_eps))  # line 1: always clip

@@ -1302,12 +1302,25 @@ def test_every_setting_is_tried(monkeypatch):
 
 
 def test_readme_quotes_the_two_lines_of_stabledrl():
-    """Up to the comment, as they stand in §5."""
+    """As they stand in §5, up to the comment. And with the third line they are its gradient."""
+    (block,) = re.findall(r"```python\n(clipped.*?)```", README, re.S)
     source = " ".join(SOURCE.split())
-    quoted = [line.split("#")[0] for line in re.findall(r"^(?:clipped|weights) = .*", README, re.M)]
-    assert len(quoted) == 2
-    for line in quoted:
-        assert " ".join(line.split()) in source
+    for line in block.splitlines()[:2]:
+        assert " ".join(line.split("#")[0].split()) in source
+    generator = torch.Generator().manual_seed(0)
+    advantages = torch.randn(12, generator=generator)
+    for eps in (0.5, 5.0):
+        leaf = torch.randn(12, generator=generator).mul(3).requires_grad_()
+        log_lower = math.log(0.5) if eps == 0.5 else -math.inf
+        names = dict(log_ratio=leaf, advantages=advantages, clip_eps=eps, group_size=4)
+        outcome = names | dict(math=math, log_lower=log_lower)
+        exec(block, outcome)
+        expected = S.stabledrl_loss(**names)
+        (gradient,) = torch.autograd.grad(expected, leaf)
+        assert outcome["loss"].item() == pytest.approx(expected.item())
+        assert torch.autograd.grad(outcome["loss"], leaf)[0].tolist() == pytest.approx(
+            gradient.tolist()
+        )
 
 
 # ==== A learning run, not in the default run ======================================================

@@ -765,7 +765,8 @@ def test_readme_commands_are_accepted_and_every_flag_exists():
     files = [README, *(path.read_text("utf-8") for path in ROOT.glob("toy_tasks/*.py"))]
     text = "\n".join(files).replace("\\\n", "")
     commands = re.findall(r"python stabledrl\.py (--[^`\n#&|]*)", text)
-    assert len(commands) > 7 and all(S.parse(command.split())[0] for command in commands)
+    commands += re.findall(r"^(--.*?)  ", README, re.M)  # what it says to append
+    assert len(commands) > 11 and all(S.parse(command.split())[0] for command in commands)
     known = {"out", "resume", "help", *S.SETTINGS}
     for line in (README + SOURCE).splitlines():
         if ".github/" not in line:

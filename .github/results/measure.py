@@ -104,50 +104,41 @@ def rows_with(relation, name, column, other, measure=times_base):
     return " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]])) or "none"
 
 
-DECISION = [  # condition, choice, where its numbers are, and its row among the new seeds
+DECISION = [  # condition, choice; experiment, row and column of its numbers; row among new seeds
     "old and new estimate can use the same masks/GRPO with shared masks/"
-    "shared/GRPO/{}: per update/GRPO, shared masks",
+    "shared/GRPO/per update/GRPO, shared masks",
     "rewards are 0 or 1, and diversity does not matter/good completions only, no ratio/"
-    "two_by_two/good ones alone/{}: no ratio/good only",
+    "two_by_two/good ones alone/no ratio/good only",
     "each batch is used once or twice/no ratio (REINFORCE)/"
-    "two_by_two/all completions/{}: no ratio/no ratio",
-    "none of these fits/StableDRL, ε = 1/shared/StableDRL, ε = 1/{}: anew/StableDRL, ε = 1",
-    "(the paper's ε)/StableDRL, ε = 5/shared/StableDRL, ε = 5/{}: anew/StableDRL, ε = 5",
-    "(for comparison)/GRPO, masks drawn anew/shared/GRPO/{}: anew/",
+    "two_by_two/all completions/no ratio/no ratio",
+    "none of these fits/StableDRL, ε = 1/shared/StableDRL, ε = 1/anew/StableDRL, ε = 1",
+    "for comparison: the paper's ε/StableDRL, ε = 5/shared/StableDRL, ε = 5/anew/StableDRL, ε = 5",
+    "for comparison/GRPO, masks drawn anew/shared/GRPO/anew/",
 ]
-
-
-def decided(mu):
-    """Condition, choice -> its numbers at μ, and whether it is for that μ."""
-    found = {}
-    for condition, choice, name, row, column, _ in (line.split("/") for line in DECISION):
-        fits = mu == "μ = 2" or condition != "each batch is used once or twice"
-        found[condition, choice] = of(name, row, column.format(mu)), fits
-    return found
+DECISION = [line.split("/") for line in DECISION]
 
 
 def decision_table():
     """With paired differences from the paper's StableDRL."""
-    rows, columns = [], [decided(mu) for mu in ("μ = 2", "μ = 8")]
-    for label, line in zip(columns[0], DECISION):
+    rows = []
+    for condition, choice, name, row, column, fresh in DECISION:
         cells, differences = [], []
-        for column in columns:
-            (numbers, fits), (papers, _) = (
-                column[label],
-                column["(the paper's ε)", "StableDRL, ε = 5"],
-            )
-            cells.append(pm(numbers) if fits else f"({pm(numbers)})")
-            differences.append(ahead(numbers, papers))
-        row = line.split("/")[-1]
-        cells.append(pm(of("fresh", row, "times the base", held) if row else []))
-        rows.append([*label, *cells, *differences])
+        for mu in ("μ = 2", "μ = 8"):
+            numbers = of(name, row, f"{mu}: {column}")
+            cells.append(pm(numbers))
+            differences.append(ahead(numbers, of("shared", "StableDRL, ε = 5", f"{mu}: anew")))
+        cells.append(pm(of("fresh", fresh, "times the base", held) if fresh else []))
+        rows.append([condition, choice, *cells, *differences])
     head = ["μ = 2", "μ = 8", "own rate, new seeds", "difference, μ = 2", "difference, μ = 8"]
-    return table(["if ..", "then", *head], rows)
+    return table(["if", "then", *head], rows)
 
 
 def alike(mu):
     """The pairs of rows, by their numbers, that a paired test does not tell apart at their μ."""
-    rows = [(i, numbers) for i, (numbers, fits) in enumerate(decided(mu).values(), 1) if fits]
+    rows = []
+    for i, (condition, _, name, row, column, _) in enumerate(DECISION, 1):
+        if mu == "μ = 2" or condition != "each batch is used once or twice":
+            rows.append((i, of(name, row, f"{mu}: {column}")))
     pairs = itertools.combinations(rows, 2)
     return [(i, j) for (i, one), (j, two) in pairs if order(one, two) == "not told apart from"]
 

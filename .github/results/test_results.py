@@ -346,19 +346,11 @@ FACTS = [  # the sentences of README that have results or two decimals in them, 
     "the probability 0.01, whatever is visible. The log of 0.01 is −4.6",
     "Under GRPO bad completions have {{share('GRPO', 'all bad completions')}} of the push, "
     "Σ ‖weight · A · g‖, and a single one of the 256 has "
-    "{{share('GRPO', 'the heaviest of 256')}} (medians of 50 batches). Under StableDRL these are "
+    "{{share('GRPO', 'the heaviest of 256')}}. Under StableDRL these are "
     "{{share('StableDRL', 'all bad completions')}} and "
-    "{{share('StableDRL', 'the heaviest of 256')}}, and without noise "
-    "{{share('without noise', 'all bad completions')}} and "
-    "{{share('without noise', 'the heaviest of 256')}}.",
-    "where GRPO ends at {{av(of('ways', 'exact', 'GRPO'))}} with the exact ratio, it ends at "
-    "{{av(of('ways', 'trajectory', 'GRPO'))}} with the ratio of the trajectory "
-    "([below](#longer-blocks-and-the-trajectory)), and at "
-    "{{av(of('tunnel', 'GRPO', 'coupled, K = 2'))}} with coupled masks",
-    "GRPO ends at {{av(of('release', 'GRPO', 'μ = 2'))}} at μ = 2 and at "
-    "{{av(of('release', 'GRPO', 'μ = 8'))}} at μ = 8, and StableDRL at "
-    "{{av(of('release', 'StableDRL, lower bound for all', 'μ = 2'))}} and "
-    "{{av(of('release', 'StableDRL, lower bound for all', 'μ = 8'))}}",
+    "{{share('StableDRL', 'the heaviest of 256')}}, nearly as without noise "
+    "({{share('without noise', 'all bad completions')}} and "
+    "{{share('without noise', 'the heaviest of 256')}}).",
 ]
 
 
