@@ -12,7 +12,8 @@ is a *policy* π_θ with parameters θ. It completes each prompt G times; these 
 its group, divided by the standard deviation of the group. It is a *good* completion if A > 0, and a
 *bad* one if A < 0. The gradient of the expected reward is E[reward·∇log π_θ]. A number that does
 not depend on the completion may be subtracted from the reward, since E[∇log π_θ] = 0. So gradient
-ascent on Σ A·log π_θ(completion) raises the expected reward (REINFORCE).
+ascent on Σ A·log π_θ(completion) raises the expected reward. This is REINFORCE. (The group's mean
+does depend on the completion a little, and its deviation is a factor: see `group_advantages`.)
 
 That holds for completions which π_θ itself wrote. After one optimiser step (an *update*) the policy
 that wrote them, π_old, is another one. To use them for μ updates, PPO and GRPO weight them by the
@@ -119,14 +120,15 @@ class Layer(nn.Module):
         )
 
     def forward(self, x, rotation, mask, cache):
-        """x (N,S,d_model), mask (S,T), cache (2,M or N,H,T−S,D) or None -> (N,S,d_model), and the
-        keys and values of all T tokens, the new cache (2,N,H,T,D)."""
+        """x (N,S,d_model), mask (S,T), cache (2,N,H,T−S,D) or None -> (N,S,d_model), and the keys
+        and values of all T tokens, the new cache (2,N,H,T,D). A cache of M prompts (2,M,H,T−S,D)
+        will do as well: each serves its N/M completions."""
         qkv = self.qkv(self.norm1(x))  # (N, S, 3·d_model)
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
         keys_values = torch.stack((rotate(k, rotation), v))  # (2, N, H, S, D)
         if cache is not None:
-            samples = len(x) // cache.shape[1]  # M prompts were read once each, for N completions
+            samples = len(x) // cache.shape[1]  # N/M, or 1
             cache = cache.repeat_interleave(samples, dim=1)  # (2, N, H, T−S, D)
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
         y = F.scaled_dot_product_attention(rotate(q, rotation), *keys_values, attn_mask=mask)
@@ -186,9 +188,8 @@ def block_causal_mask(length, block_size, device=None):
 
 
 def check_lengths(block_size, *lengths):
-    """AssertionError unless all are multiples of block_size. The sampler counts blocks from the
-    first token of the completion, and the attention masks from that of the prompt: the same only if
-    B divides P."""
+    """AssertionError unless all are multiples of block_size. (P must be one, too: attention masks
+    count blocks from the first token of the prompt.)"""
     for length in lengths:
         assert length % block_size == 0, (
             f"lengths {lengths} must be multiples of block_size {block_size}"
@@ -246,7 +247,7 @@ def generate(
         block_mask = mask[begin:end, :end]  # True everywhere: a block sees itself and all before it
         columns = slice(begin - P, end - P)
         block = completions[:, columns]  # (N, B), a view: writing here writes there
-        # For a random order each place draws a number, and that with the largest is written first.
+        # For a random order each place draws a number. The place with the largest comes first.
         uniform = torch.rand(block.shape, generator=generator, device=device)
         for step in range(B):
             logits, _ = model.read(block, block_positions, block_mask, cache)  # (N, B, vocab)
@@ -324,8 +325,8 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     P, L = prompt_len, completion_len
     check_lengths(block_size, P, L)
     block = staircase_positions(P, L, copies, device) // block_size  # (S,) 0, 1, ..
-    index = torch.arange(len(block), device=device)  # (S,)
-    copy_of = ((index - P) // L).clamp(min=0)  # (S,) k in noisy copy k, 0 in clean text and prompt
+    copy_of = torch.arange(copies + 1, device=device).repeat_interleave(L)  # (L + K·L,)
+    copy_of = F.pad(copy_of, (P, 0))  # (S,) k in noisy copy k, 0 in prompt and clean completion
     from_block, to_block = block[:, None], block[None, :]
     from_copy, to_copy = copy_of[:, None], copy_of[None, :]
     clean_to_clean = (from_copy == 0) & (to_copy == 0) & (from_block >= to_block)
@@ -435,8 +436,8 @@ def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
     gradient of the expected reward. The probability of a random order, 1/B! per block, does not
     depend on θ, so it is left out. (That of the most confident place first does depend on θ: for
     such an order this is wrong.)"""
-    step = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
-    hidden = steps[:, None] >= step  # (N, B, L): copy k is the completion as it was before step k
+    k = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
+    hidden = steps[:, None] >= k  # (N, B, L): copy k hides what was written at step k or later
     log_p = token_log_probs(model, prompts, completions, block_size, hidden)  # (N, B, L)
     return log_p.take_along_dim(steps[:, None], dim=1).sum((-2, -1))  # a token at its own step
 
@@ -464,7 +465,7 @@ def every_pattern(model, prompts, completions, block_size):
 def exact_elbo(model, prompts, completions, block_size, masks=None, steps=None):
     """The mean of `elbo` over all masks that `sample_masks` may draw -> (N,): no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
-    # P(m) = 1/B, and P(pattern | m) = 1/C(B,m). Times the ELBO's B/m, that is 1/(C(B,m)·m).
+    # A pattern with m hidden tokens has the probability 1/B · 1/C(B,m). Their factor is B/m.
     of_pattern = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
     weights = log_p.new_tensor(of_pattern)[:, None] * patterns  # (2^B−1, B), 0 at visible tokens
     return (weights[:, None] * log_p).sum((1, 2, 3))  # the products are (N, 2^B−1, L/B, B)
@@ -513,8 +514,8 @@ ESTIMATORS = {
 # has a table of these weights, and the docstrings below derive them. GRPO leaves one case without a
 # bound, the *open case*: a bad completion with a large ratio.
 #
-# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there, and
-# that is no bug: it means nothing, and only the gradient is used.
+# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there. It is no
+# bug, since the value of these losses means nothing: only the gradient is used.
 #
 # Why not a ratio per token, as in a GPT? A term of log π̂ is the log-probability of a token given
 # what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old are
@@ -529,8 +530,8 @@ def group_advantages(rewards, group_size):
     (If rewards are 0 or 1, and a prompt is solved with probability p, this happens with probability
     p^G + (1−p)^G.)
 
-    Does mean A·g estimate the gradient of the expected reward? Yes, if g is the gradient of log π
-    (that of a lower bound is another), up to two habits of GRPO:
+    The mean of A·g estimates the gradient of the expected reward, with three reservations:
+      * g is the gradient of an estimate. If that is one of a lower bound of log π, so is g.
       * The mean of the group contains the completion's own reward, which costs a factor 1 − 1/G.
       * The division gives more weight to prompts that are nearly always or nearly never solved: the
         divisor is 0.33 if one of eight is right, and 0.5 if four are."""
@@ -552,8 +553,8 @@ def check_batch(group_size, *tensors):
 
 
 def safe_exp(log_ratio):
-    """exp of log_ratio (N,), but above 80 value and gradient are those at 80: float32 ends at e^88,
-    and ∞·0 is NaN. (A clamp would make the gradient 0.)"""
+    """exp of log_ratio (N,), but above 80 value and gradient are both e^80: float32 ends at e^88,
+    and ∞·0 is NaN. (What is subtracted is a constant. A clamp would make the gradient 0.)"""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
 
@@ -611,7 +612,7 @@ LOSSES = {
     "grpo": (grpo_loss, 0.2),
     "stabledrl": (stabledrl_loss, 5.0),  # the paper's; 1 is better here, see README
     "clip_only": (clip_only_loss, 5.0),  # without line 2
-    "norm_only": (stabledrl_loss, 1e30),  # without line 1: an ε so large that nothing is clipped
+    "norm_only": (stabledrl_loss, 1e300),  # without line 1: an ε so large that nothing is clipped
     "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
 }
 
@@ -657,30 +658,7 @@ class Config:
     device: str = "cpu"  # or cuda, mps
 
     def __post_init__(self):
-        """AssertionError for a value that cannot be, RuntimeError under python -O."""
-        if not __debug__:
-            raise RuntimeError("python -O removes all checks: run python without it")
-        for name, choices in CHOICES.items():
-            assert getattr(self, name) in choices, f"--{name} is one of {', '.join(choices)}"
-        if self.block_size is None:
-            self.block_size = TASKS[self.task].block_size
-        if self.clip_eps is None:
-            self.clip_eps = LOSSES[self.loss][1]
-        for field in dataclasses.fields(self):
-            name, kind, value = field.name, field.type, getattr(self, field.name)
-            if kind is not str:
-                least = LEAST.get(name, int(kind is int))
-                must = f"--{name} must be a finite {kind.__name__}, and at least {least}"
-                assert isinstance(value, (int, float)) and least <= value < math.inf, must
-                assert kind(value) == value, must
-                setattr(self, name, kind(value))  # so that 1, 1.0 and True make one run
-        assert self.base_accuracy <= 1, "--base_accuracy must be at most 1"
-        assert self.log_every % self.mu == 0, "--log_every must be a multiple of --mu"
-        assert self.updates % self.log_every == 0, "--updates must be a multiple of --log_every"
-
-
-CHOICES = {"task": TASKS, "loss": LOSSES, "estimator": ESTIMATORS, "masks": MASKS}
-LEAST = {"seed": 0, "group_size": 2, "max_grad_norm": 1e-9}  # others: 1 if int, else 0
+        check_settings(self)  # fills in what is None, and refuses what cannot be (§7)
 
 
 def stream(config, purpose):
@@ -728,8 +706,8 @@ def evaluate(model, task, block_size, prompts=500):
 
 def pretrain(config):
     """A policy for RL to start from: maximise the ELBO of right completions until the accuracy is
-    base_accuracy. (So the accuracy of a base policy is chosen on the held-out prompts, and a little
-    too high.) TimeoutError if 2,000 updates do not suffice."""
+    base_accuracy. (It stops at the first measurement that is high enough, so this measurement is a
+    little too high.) TimeoutError if 2,000 updates do not suffice."""
     task, B = TASKS[config.task], config.block_size
     model = new_model(config)
     optimizer = torch.optim.Adam(model.parameters(), config.base_lr)
@@ -770,7 +748,8 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(stream(config, f"yours {done}").initial_seed())  # for losses that draw
+    # No code here draws from torch's global generator, but a loss of your own may.
+    torch.manual_seed(stream(config, f"yours {done}").initial_seed())
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -798,7 +777,7 @@ def one_batch(config, model, optimizer, done, truths=None):
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # a sum is only if its terms are
+        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # not finite if a term is not
             raise FloatingPointError(
                 f"update {done + len(log_ratios) + 1} was not made: loss {loss:.3g}, "
                 f"gradient norm {grad_norm:.3g}"
@@ -895,6 +874,33 @@ BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
 UNNAMED = ("seed", "estimator", "updates", "device")  # not among a name's setting=value
 PANELS = {"reward": "reward", "ratio_max": "largest ratio", "grad_norm": "gradient norm"}
 COLOURS = "tab:red tab:orange tab:blue tab:cyan tab:green tab:purple tab:brown tab:pink gold black"
+
+
+CHOICES = {"task": TASKS, "loss": LOSSES, "estimator": ESTIMATORS, "masks": MASKS}
+LEAST = {"seed": 0, "group_size": 2, "max_grad_norm": 1e-9}  # others: 1 if int, else 0
+
+
+def check_settings(config):
+    """Fill in what is None. AssertionError for an invalid value, RuntimeError under python -O."""
+    if not __debug__:
+        raise RuntimeError("python -O removes all checks: run python without it")
+    for name, choices in CHOICES.items():
+        assert getattr(config, name) in choices, f"--{name} is one of {', '.join(choices)}"
+    if config.block_size is None:
+        config.block_size = TASKS[config.task].block_size
+    if config.clip_eps is None:
+        config.clip_eps = LOSSES[config.loss][1]
+    for field in dataclasses.fields(config):
+        name, kind, value = field.name, field.type, getattr(config, field.name)
+        if kind is not str:
+            least = LEAST.get(name, int(kind is int))
+            must = f"--{name} must be a finite {kind.__name__}, and at least {least}"
+            assert isinstance(value, (int, float)) and least <= value < math.inf, must
+            assert kind(value) == value, must
+            setattr(config, name, kind(value))  # so that 1, 1.0 and True make one run
+    assert config.base_accuracy <= 1, "--base_accuracy must be at most 1"
+    assert config.log_every % config.mu == 0, "--log_every must be a multiple of --mu"
+    assert config.updates % config.log_every == 0, "--updates must be a multiple of --log_every"
 
 
 def policy_words(config):

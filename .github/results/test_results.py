@@ -344,9 +344,9 @@ FACTS = [  # the sentences of README that have results or two decimals in them, 
     "and GRPO reaches {{pm(of('shared', 'GRPO', 'μ = 2: per update'))}}.",
     "Python 3.10 to 3.13 and torch 2.11 or newer will do.",
     "the probability 0.01, whatever is visible. The log of 0.01 is −4.6",
-    "Under GRPO bad completions have {{share('GRPO', 'all bad completions')}} of the push, "
-    "Σ ‖weight · A · g‖, and a single one of the 256 has "
-    "{{share('GRPO', 'the heaviest of 256')}}. Under StableDRL these are "
+    "Under GRPO bad completions make up {{share('GRPO', 'all bad completions')}} of the push, "
+    "Σ ‖weight · A · g‖, and a single one of the 256 makes up "
+    "{{share('GRPO', 'the heaviest of 256')}} (medians). Under StableDRL these are "
     "{{share('StableDRL', 'all bad completions')}} and "
     "{{share('StableDRL', 'the heaviest of 256')}}, nearly as without noise "
     "({{share('without noise', 'all bad completions')}} and "
