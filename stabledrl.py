@@ -514,8 +514,8 @@ ESTIMATORS = {
 # has a table of these weights, and the docstrings below derive them. GRPO leaves one case without a
 # bound, the *open case*: a bad completion with a large ratio.
 #
-# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there. It is no
-# bug, since the value of these losses means nothing: only the gradient is used.
+# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there. That
+# is no bug, since their value means nothing: only the gradient is used.
 #
 # Why not a ratio per token, as in a GPT? A term of log π̂ is the log-probability of a token given
 # what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old are

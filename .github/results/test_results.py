@@ -27,8 +27,8 @@ README = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(autouse=True)
 def registered():
-    """The scripts' losses and masks, for one test."""
-    with mock.patch.dict(S.LOSSES), mock.patch.dict(S.MASKS):
+    """The scripts' losses, masks and estimators, for one test."""
+    with mock.patch.dict(S.LOSSES), mock.patch.dict(S.MASKS), mock.patch.dict(S.ESTIMATORS):
         experiments.register()
         yield
 
