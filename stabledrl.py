@@ -2,7 +2,7 @@
 noise that makes GRPO collapse.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
-2603.06743. README shows what happens; this file derives and implements it. The model is a
+2603.06743. README shows what happens; this file derives the method. The model is a
 transformer that is shown a text with some tokens replaced by [MASK], and predicts them. It writes
 by filling in [MASK]s: block after block from left to right, and within a block in random order.
 
@@ -12,8 +12,8 @@ is a *policy* π_θ with parameters θ. It completes each prompt G times; these 
 its group, divided by the standard deviation of the group. It is a *good* completion if A > 0, and a
 *bad* one if A < 0. The gradient of the expected reward is E[reward·∇log π_θ]. A number that does
 not depend on the completion may be subtracted from the reward, since E[∇log π_θ] = 0. So gradient
-ascent on Σ A·log π_θ(completion) raises the expected reward. This is REINFORCE. (The group's mean
-does depend on the completion a little, and its deviation is a factor: see `group_advantages`.)
+ascent on Σ A·log π_θ(completion) raises the expected reward. This is REINFORCE. (It holds up to two
+habits of GRPO: see `group_advantages` in §5.)
 
 That holds for completions which π_θ itself wrote. After one optimiser step (an *update*) the policy
 that wrote them, π_old, is another one. To use them for μ updates, PPO and GRPO weight them by the
@@ -27,7 +27,7 @@ Why GRPO breaks on such a model:
   3. GRPO maximises min(ρ̂·A, clip(ρ̂)·A). With ρ̂ = 10,000 a good completion gets the weight 0, and a
      bad one the weight 10,000 (§5).
   4. So nearly all of an update pushes a few bad completions down, those with the most noise.
-  5. Pushing down does not stop by itself, as pushing up does (README says why), and it moves all
+  5. Pushing down does not stop by itself, unlike pushing up (README says why), and it moves all
      other completions as well, since they share θ.
 StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum.
@@ -92,7 +92,8 @@ from toy_tasks import TASKS, decode, encode
 # What is the model? An ordinary transformer that is told by an attention mask who may look at whom.
 # Under a causal mask, and with targets shifted by one, it would be a GPT. Three details matter:
 #   * Positions are an argument, so a noisy copy can use the positions of its original (§3).
-#   * [MASK] can be an input but never a prediction, so the sampler cannot write it.
+#   * [MASK] can be an input but never a prediction: if the sampler wrote it, the place would still
+#     be blank.
 #   * `read` returns the keys and values of what it has read, the *cache*. A later `read` goes on
 #     from there, so finished text is read once.
 # Shapes: S tokens are read now, T is S plus the tokens in the cache; H heads have D features each.
@@ -125,14 +126,15 @@ class Layer(nn.Module):
         will do as well: each serves its N/M completions."""
         qkv = self.qkv(self.norm1(x))  # (N, S, 3·d_model)
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
-        keys_values = torch.stack((rotate(k, rotation), v))  # (2, N, H, S, D)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
+        keys_values = torch.stack((rotate(key, rotation), value))  # (2, N, H, S, D)
         if cache is not None:
             samples = len(x) // cache.shape[1]  # N/M, or 1
             cache = cache.repeat_interleave(samples, dim=1)  # (2, N, H, T−S, D)
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
-        y = F.scaled_dot_product_attention(rotate(q, rotation), *keys_values, attn_mask=mask)
-        x = x + self.out(y.transpose(1, 2).flatten(2))
+        query = rotate(query, rotation)
+        heads = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask)  # (N, H, S, D)
+        x = x + self.out(heads.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), keys_values
 
 
@@ -255,7 +257,7 @@ def generate(
             priority = priority.masked_fill(block != model.mask_id, -1)  # written places last
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
             logits = logits.take_along_dim(place[:, :, None], dim=1)[:, 0]  # (N, vocab)
-            if not logits.logsumexp(-1).isfinite().all():  # NaN or +∞; −∞ passes, as for [MASK]
+            if not logits.logsumexp(-1).isfinite().all():  # the one −∞ of [MASK] does no harm
                 raise FloatingPointError("the model's logits are not finite")
             token = logits.argmax(-1, keepdim=True)  # (N, 1)
             if temperature > 0:
@@ -276,10 +278,10 @@ def generate(
 # estimate, and RL uses it as log π̂.
 #
 # One pass scores all blocks. Each must be predicted from the true text before it, but not from the
-# tokens that are hidden in it. So the model reads the completion clean (nothing hidden), and
-# beside it K noisy copies, each with other tokens hidden, under the *staircase* mask: a noisy token
-# may look at its own noisy block, and at clean blocks *strictly before* its own. Predictions are
-# taken at the noisy copies.
+# tokens that are hidden in it. So the model reads the completion clean (nothing hidden) and, beside
+# it, K noisy copies, each with its own hidden tokens. The *staircase* mask says who may look at
+# whom: a noisy token at its own noisy block, and at clean blocks *strictly before* its own.
+# Predictions are taken at the noisy copies.
 
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
@@ -294,7 +296,8 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
 
 
 def staircase_positions(prompt_len, completion_len, copies=1, device=None):
-    """(S,) long, S = P + L + K·L: noisy copies reuse the positions P..P+L−1 of the completion."""
+    """(S,) long, S = P + L + K·L. Noisy copies reuse the positions P..P+L−1 of the completion: a
+    token is predicted where the sampler wrote it."""
     clean = torch.arange(prompt_len + completion_len, device=device)  # (P + L,)
     return torch.cat((clean, clean[prompt_len:].repeat(copies)))
 
@@ -378,8 +381,8 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
     (BD3-LM hides each token with a probability t, uniform on (0, 1), and divides by t instead of
     m/B. On average that is the same.)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
-    blocks = (-1, block_size)
-    log_p, hidden = log_p.unflatten(-1, blocks), masks.unflatten(-1, blocks)  # (N, K, L/B, B)
+    log_p = log_p.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
+    hidden = masks.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
     m = hidden.sum(-1, keepdim=True)  # (N, K, L/B, 1)
     per_copy = (block_size / m * hidden * log_p).sum((-2, -1))  # (N, K)
     return per_copy.mean(-1)
@@ -407,9 +410,9 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 
 
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
-    """(N,K,L) bool in pairs (DiffuCoder, arXiv 2506.20639): in each block copy k + K/2 hides
-    exactly the tokens that its partner k shows; but if k hides all, so does k + K/2. So each token
-    is hidden at least once. In the example above a pair always gives −4.6. Each copy alone is
+    """(N,K,L) bool in pairs, copies k and k + K/2 (DiffuCoder, arXiv 2506.20639). In each block the
+    second of a pair hides what the first shows, or everything if the first shows nothing. So each
+    token is hidden at least once. In the example above a pair always gives −4.6. Each copy alone is
     distributed as in `sample_masks`, since below B the counts m and B − m are equally likely."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     first = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
@@ -427,9 +430,9 @@ def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
 
 
 def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
-    """log p(completion | prompt, order) in nats (N,), where steps (N,L) of `generate` are the
-    order: Σ log p of each token at the step at which it was written. It uses no random numbers, so
-    the ratio is 1 at θ = θ_old. It costs B copies. (TraceRL, Wang et al., arXiv 2509.06949.)
+    """log p(completion | prompt, order) in nats (N,): Σ log p of each token at the step at which it
+    was written. `generate` returns these steps (N,L). No random numbers are used, so the ratio is 1
+    at θ = θ_old. It costs B copies. (TraceRL, Wang et al., arXiv 2509.06949.)
 
     Its ratio is not ρ, but that of the pair (completion y, order o). It is a valid weight as well:
     E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o) this is again the
@@ -439,7 +442,8 @@ def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
     k = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
     hidden = steps[:, None] >= k  # (N, B, L): copy k hides what was written at step k or later
     log_p = token_log_probs(model, prompts, completions, block_size, hidden)  # (N, B, L)
-    return log_p.take_along_dim(steps[:, None], dim=1).sum((-2, -1))  # a token at its own step
+    log_p = log_p.take_along_dim(steps[:, None], dim=1)  # (N, 1, L), each token at its own step
+    return log_p.sum((-2, -1))
 
 
 MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies in one pass
@@ -465,7 +469,8 @@ def every_pattern(model, prompts, completions, block_size):
 def exact_elbo(model, prompts, completions, block_size, masks=None, steps=None):
     """The mean of `elbo` over all masks that `sample_masks` may draw -> (N,): no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
-    # A pattern with m hidden tokens has the probability 1/B · 1/C(B,m). Their factor is B/m.
+    # A pattern with m hidden tokens has the probability 1/B · 1/C(B,m), and these the factor B/m in
+    # the ELBO. In the product B cancels.
     of_pattern = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
     weights = log_p.new_tensor(of_pattern)[:, None] * patterns  # (2^B−1, B), 0 at visible tokens
     return (weights[:, None] * log_p).sum((1, 2, 3))  # the products are (N, 2^B−1, L/B, B)
@@ -511,17 +516,17 @@ ESTIMATORS = {
 # ==== §5  Losses ==================================================================================
 # What do GRPO and StableDRL do with the estimate? Let g be the gradient of log π̂_θ(y) with respect
 # to θ. All losses here have the gradient −Σ weight·A·g / divisor, a sum over N completions. README
-# has a table of these weights, and the docstrings below derive them. GRPO leaves one case without a
-# bound, the *open case*: a bad completion with a large ratio.
+# has a table of these weights, and the docstrings below derive them. GRPO's is without a bound in
+# one case, that of a bad completion with a large ratio.
 #
 # Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there. That
 # is no bug, since their value means nothing: only the gradient is used.
 #
 # Why not a ratio per token, as in a GPT? A term of log π̂ is the log-probability of a token given
-# what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old are
-# of other tokens, or of the same token with other things visible. So term by term there is no ratio
-# to take; only the sums aim at one number, the ELBO. (With shared masks, or along the trajectory, a
-# ratio per token is possible.)
+# what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old
+# belong to different tokens, or to one token while different things are visible. So there is no
+# ratio to take term by term; only the sums aim at one number, the ELBO. (With shared masks, or
+# along the trajectory, a ratio per token is possible.)
 
 
 def group_advantages(rewards, group_size):
@@ -531,7 +536,7 @@ def group_advantages(rewards, group_size):
     p^G + (1−p)^G.)
 
     The mean of A·g estimates the gradient of the expected reward, with three reservations:
-      * g is the gradient of an estimate. If that is one of a lower bound of log π, so is g.
+      * g is on average the gradient of log π or, from `elbo`, that of a lower bound of it.
       * The mean of the group contains the completion's own reward, which costs a factor 1 − 1/G.
       * The division gives more weight to prompts that are nearly always or nearly never solved: the
         divisor is 0.33 if one of eight is right, and 0.5 if four are."""
@@ -563,10 +568,10 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     """GRPO without KL term (Shao et al., arXiv 2402.03300), with one ratio per completion:
     log_ratio (N,), advantages (N,) -> scalar, −mean min(ρ̂·A, clip(ρ̂)·A). group_size is not used.
 
-    ρ̂ = exp(log π̂_θ − log π̂_old) has the gradient ρ̂·g. Where the min is its first term, the
-    gradient of the min is ρ̂·A·g. Where it is the second and the clip binds, it is 0. Say ε = 0.2
-    and ρ̂ = 1,000. For A = 1 it is min(1000, 1.2), with gradient 0. For A = −1 it is
-    min(−1000, −1.2), with gradient −1000·g."""
+    ρ̂ = exp(log π̂_θ − log π̂_old) has the gradient ρ̂·g. Where the min is ρ̂·A, its gradient is ρ̂·A·g.
+    Where the min is clip(ρ̂)·A, and the clip changes ρ̂, its gradient is 0. Say ε = 0.2 and
+    ρ̂ = 1,000. For A = 1 it is min(1000, 1.2), with gradient 0. For A = −1 it is min(−1000, −1.2),
+    with gradient −1000·g."""
     check_batch(group_size, log_ratio, advantages)
     ratio = safe_exp(log_ratio)  # (N,)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # counts only where it lowers the objective
@@ -661,10 +666,14 @@ class Config:
         check_settings(self)  # fills in what is None, and refuses what cannot be (§7)
 
 
+def seed_for(config, purpose):
+    """A seed made from the run's seed and a purpose."""
+    return random.Random(f"{config.seed} {purpose}").getrandbits(63)
+
+
 def stream(config, purpose):
-    """A random generator, seeded by the run's seed and a purpose: nothing else draws from it."""
-    seed = random.Random(f"{config.seed} {purpose}").getrandbits(63)
-    return torch.Generator(config.device).manual_seed(seed)
+    """A random generator for one purpose: nothing else draws from it."""
+    return torch.Generator(config.device).manual_seed(seed_for(config, purpose))
 
 
 def new_model(config):
@@ -695,9 +704,9 @@ def answer(model, task, texts, block_size, **options):
 def evaluate(model, task, block_size, prompts=500):
     """Held-out prompts, always the same, completed greedily, most confident place first -> dict.
     accuracy: the share that is right; writes: the first three, as text."""
-    texts, _ = task.sample(np.random.default_rng(0), prompts, "test")
+    texts, _ = task.sample(np.random.default_rng(0), prompts, "test")  # and right completions
     batch, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
-    right = (rewards == 1).tolist()  # some tasks give less than 1 for less than right
+    right = (rewards == 1).tolist()  # a task may give less for what is partly right
     writes = []
     for prompt, completion, is_right in zip(texts, decode(task, batch["completions"][:3]), right):
         writes.append(f"{prompt}{completion} {'right' if is_right else 'wrong'}")
@@ -705,9 +714,9 @@ def evaluate(model, task, block_size, prompts=500):
 
 
 def pretrain(config):
-    """A policy for RL to start from: maximise the ELBO of right completions until the accuracy is
-    base_accuracy. (It stops at the first measurement that is high enough, so this measurement is a
-    little too high.) TimeoutError if 2,000 updates do not suffice."""
+    """A policy for RL to start from: maximise the ELBO of right completions, until the accuracy
+    reaches base_accuracy. (It stops at the first measurement that is high enough, so this
+    measurement is a little too high.) TimeoutError if 2,000 updates do not suffice."""
     task, B = TASKS[config.task], config.block_size
     model = new_model(config)
     optimizer = torch.optim.Adam(model.parameters(), config.base_lr)
@@ -748,8 +757,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    # No code here draws from torch's global generator, but a loss of your own may.
-    torch.manual_seed(stream(config, f"yours {done}").initial_seed())
+    torch.manual_seed(seed_for(config, f"yours {done}"))  # in case a loss of yours draws numbers
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -819,9 +827,10 @@ def first_checkpoint(config, base_model):
 def train(config, base_model, checkpoint=None):
     """RL from the base policy, or on from a checkpoint. Whenever a row of the log is due it yields
     a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far. A row
-    has means over all updates since the row before, and for `ratio_max` the maximum. What
-    `evaluate` finds, and seconds (since this call), are measured at the row's update, noise_std and
-    drift on its batch. `train` touches no file. Errors: see `one_batch`, `generate`."""
+    has means over all updates since the row before, with these exceptions. ratio_max is the maximum
+    over them. accuracy, writes and seconds (since this call) are those at the row's update.
+    noise_std and drift are those of its batch. `train` touches no file. Errors: see `one_batch`,
+    `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
     betas = (0.9, 0.99)  # as in StableDRL's release

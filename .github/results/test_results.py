@@ -348,9 +348,9 @@ FACTS = [  # the sentences of README that have results or two decimals in them, 
     "Σ ‖weight · A · g‖, and a single one of the 256 makes up "
     "{{share('GRPO', 'the heaviest of 256')}} (medians). Under StableDRL these are "
     "{{share('StableDRL', 'all bad completions')}} and "
-    "{{share('StableDRL', 'the heaviest of 256')}}, nearly as without noise "
-    "({{share('without noise', 'all bad completions')}} and "
-    "{{share('without noise', 'the heaviest of 256')}}).",
+    "{{share('StableDRL', 'the heaviest of 256')}}. Without noise they would be "
+    "{{share('without noise', 'all bad completions')}} (the g of bad ones is longer) and "
+    "{{share('without noise', 'the heaviest of 256')}}.",
 ]
 
 
