@@ -2,7 +2,7 @@
 noise that makes GRPO collapse.
 
 Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language Models, arXiv
-2603.06743. README shows what happens; this file derives the method. The model is a
+2603.06743. The README shows what happens; this file derives the method. The model is a
 transformer that is shown a text with some tokens replaced by [MASK], and predicts them. It writes
 by filling in [MASK]s: block after block from left to right, and within a block in random order.
 
@@ -12,8 +12,8 @@ is a *policy* π_θ with parameters θ. It completes each prompt G times; these 
 its group, divided by the standard deviation of the group. It is a *good* completion if A > 0, and a
 *bad* one if A < 0. The gradient of the expected reward is E[reward·∇log π_θ]. A number that does
 not depend on the completion may be subtracted from the reward, since E[∇log π_θ] = 0. So gradient
-ascent on Σ A·log π_θ(completion) raises the expected reward. This is REINFORCE. (It holds up to two
-habits of GRPO: see `group_advantages` in §5.)
+ascent on Σ A·log π_θ(completion) raises the expected reward. This is REINFORCE. (There are
+three reservations: see `group_advantages` in §5.)
 
 That holds for completions which π_θ itself wrote. After one optimiser step (an *update*) the policy
 that wrote them, π_old, is another one. To use them for μ updates, PPO and GRPO weight them by the
@@ -21,14 +21,14 @@ that wrote them, π_old, is another one. To use them for μ updates, PPO and GRP
 gradient of the expected reward again. It is also the gradient of E_old[ρ·A], since ∇ρ = ρ·∇log π_θ.
 
 Why GRPO breaks on such a model:
-  1. A block can be written in many orders. Its probability is a mean over them, too much to compute
-     for a real model. So log π is *estimated*, with random numbers (§3).
+  1. A block can be written in many orders. Its probability is a mean over them, and for a real
+     model they are too many. So log π is *estimated*, with random numbers (§3).
   2. exp magnifies the error: ρ̂ = exp(log π̂_θ − log π̂_old) may be 10,000 where ρ is 1 (§4).
   3. GRPO maximises min(ρ̂·A, clip(ρ̂)·A). With ρ̂ = 10,000 a good completion gets the weight 0, and a
      bad one the weight 10,000 (§5).
   4. So nearly all of an update pushes a few bad completions down, those with the most noise.
-  5. Pushing down does not stop by itself, unlike pushing up (README says why), and it moves all
-     other completions as well, since they share θ.
+  5. Pushing down does not stop by itself, unlike pushing up (the README says why), and it moves
+     all other completions as well, since they share θ.
 StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum.
 
@@ -43,15 +43,15 @@ The sections:
 
 Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
   q       prompts      (M, P)     M prompts of P tokens each; in the task of addition, "12+34="
-  y       completions  (N, L)     N = M·G, of L tokens each, "46.." ("." fills it up); rows i·G to
+  y       completions  (N, L)     N = M·G, of L tokens each, "46.." ("." pads it); rows i·G to
                                   i·G+G−1 are the group of prompt i
   B       block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
   G       group_size              completions per prompt
   K       copies                  copies of y with hidden tokens ("noisy copies") per estimate
           masks        (N, K, L)  True where a copy shows [MASK] in place of its token. (`mask` is
                                   another thing, an attention mask: who may look at whom)
-          steps        (N, L)     the step of its block, 0..B−1, at which a token was written
-  log π̂   log_prob     (N,)       estimate of log π(y|q), or of a lower bound of it, in nats (units
+          steps        (N, L)     the step, 0..B−1 in its block, at which a token was written
+  log π̂   log_prob     (N,)       estimate of log π(y|q), or of a lower bound on it, in nats (units
                                   of the natural logarithm)
   log ρ̂   log_ratio    (N,)       log π̂_θ − log π̂_old: one number per completion
   A       advantages   (N,)       reward relative to the group
@@ -190,8 +190,8 @@ def block_causal_mask(length, block_size, device=None):
 
 
 def check_lengths(block_size, *lengths):
-    """AssertionError unless all are multiples of block_size. (P must be one, too: attention masks
-    count blocks from the first token of the prompt.)"""
+    """AssertionError unless all are multiples of block_size. (P must be a multiple, too: attention
+    masks count blocks from the first token of the prompt.)"""
     for length in lengths:
         assert length % block_size == 0, (
             f"lengths {lengths} must be multiples of block_size {block_size}"
@@ -206,7 +206,7 @@ def check_lengths(block_size, *lengths):
 # So π(block) is the mean over the B! orders of ∏ over the steps of p(the token that was written).
 # RL trains this policy, and `reward` in the log is its reward.
 #
-# Real models mostly write the most confident place first (order="confidence"), since their
+# Real models mostly write first where they are most confident (order="confidence"), since their
 # completions are then better. That is another policy: the order follows from θ, and changes while θ
 # moves. Here it serves for evaluation, with the likeliest token at each place: see `evaluate`.
 #
@@ -274,7 +274,7 @@ def generate(
 # How likely is what it wrote? Hide tokens, and ask for them. In every block draw a count m
 # uniformly from 1..B, and put [MASK] in place of m random tokens. (This is the *forward process* of
 # diffusion: it destroys a text.) The log-probabilities that the model gives to them, times B/m and
-# summed, estimate a lower bound of log π(completion): see `elbo`. Pretraining maximises this
+# summed, estimate a lower bound on log π(completion): see `elbo`. Pretraining maximises this
 # estimate, and RL uses it as log π̂.
 #
 # One pass scores all blocks. Each must be predicted from the true text before it, but not from the
@@ -362,8 +362,9 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
     block of every copy must hide a token, since its sum is divided by m. (All estimators have these
     arguments, used or not.)
 
-    It is an unbiased estimate of a lower bound of log π. One block is enough for the argument,
-    since log π of a completion is the sum over its blocks.
+    It is an unbiased estimate of a lower bound on log π. One block is enough for the argument, as
+    log π of a completion is the sum over its blocks, each given the true ones before it: then the
+    bounds add up as well.
       1. The sampler writes the B tokens one per step, in random order:
              π(block) = mean over all B! orders of  ∏ over the steps of  p(token | what is visible)
       2. The log of a mean is at least the mean of the logs (Jensen's inequality):
@@ -371,15 +372,15 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
                           = B · (mean of log p over a random step of a random order)
       3. A prediction depends on which tokens are visible, not on the order in which they were
          written. So this is also a mean over sets. When a random step begins, m tokens are hidden,
-         with m uniform on 1..B. In a random order every set of m tokens is equally likely to be the
-         hidden set, and each of its tokens equally likely to be written next. So the mean in 2. is
-         a mean over m, and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with
-         probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
+         with m uniform on 1..B. In a random order these can be any m tokens, all sets equally
+         likely, and each of them is equally likely to be written next. So the mean in 2. is a mean
+         over m, and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with probability
+         1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it.
 
     (BD3-LM hides each token with a probability t, uniform on (0, 1), and divides by t instead of
-    m/B. On average that is the same.)"""
+    m/B. On average that is the same, as ∫ t^(m−1)·(1−t)^(B−m) dt = 1/(m·C(B,m)).)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     log_p = log_p.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
     hidden = masks.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
@@ -389,7 +390,7 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 
 
 # ==== §4  Noise ===================================================================================
-# How wrong is that estimate, and how can its noise be removed? In README's example (B = 2; one
+# How wrong is that estimate, and how can its noise be removed? In the README's example (B = 2; one
 # token is certain, and the other has p = 0.01, log p = −4.6, whatever is visible) log π̂ is −4.6, 0
 # or −9.2. Since log π̂_θ and log π̂_old have different random masks, they may differ by 9.2 though
 # θ = θ_old. Then ρ̂ is e^9.2 = 10,000 where ρ = 1.
@@ -402,7 +403,8 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 #   * More copies: σ falls as 1/√K. Coupled copies (below) have less noise than independent ones.
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
-#     own, so there are μ old estimates of a batch, all made before its first update.
+#     own, so there are μ old estimates of a batch, all made before the first update: then the
+#     policy is still π_old.
 #   * Another ratio, along the order of writing: `trajectory`, below.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
@@ -423,8 +425,9 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 
 def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
     """The log-probability (N,) if each block were written in one step from blanks, its tokens
-    independent of each other (d1, Zhao et al., arXiv 2504.12216). It has no noise, but a bias of
-    either sign. GRPO learns with it on addition (see .github/results/README.md)."""
+    independent of each other. It has no noise, but a bias of either sign. GRPO learns with it on
+    addition (see .github/results/README.md). d1 (Zhao et al., arXiv 2504.12216) estimates so, but
+    hides random tokens of the prompt as well."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, block_size, everything).sum((-2, -1))
 
@@ -437,8 +440,8 @@ def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
     Its ratio is not ρ, but that of the pair (completion y, order o). It is a valid weight as well:
     E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o) this is again the
     gradient of the expected reward. The probability of a random order, 1/B! per block, does not
-    depend on θ, so it is left out. (That of the most confident place first does depend on θ: for
-    such an order this is wrong.)"""
+    depend on θ, so it is left out. (If order="confidence", it does depend on θ, and this is
+    wrong.)"""
     k = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
     hidden = steps[:, None] >= k  # (N, B, L): copy k hides what was written at step k or later
     log_p = token_log_probs(model, prompts, completions, block_size, hidden)  # (N, B, L)
@@ -450,7 +453,7 @@ MAX_EXACT_BLOCK = 6  # 2^6 − 1 = 63 copies in one pass
 
 
 def every_pattern(model, prompts, completions, block_size):
-    """log p under every way to hide a part of a block -> patterns (2^B−1, B) bool, and log p
+    """log p for every set of hidden places but the empty one -> patterns (2^B−1, B) bool, and log p
     (N, 2^B−1, L/B, B). A pattern hides the same places in all blocks at once. That loses nothing:
     noisy blocks do not see each other."""
     B, L = block_size, completions.shape[1]
@@ -469,8 +472,8 @@ def every_pattern(model, prompts, completions, block_size):
 def exact_elbo(model, prompts, completions, block_size, masks=None, steps=None):
     """The mean of `elbo` over all masks that `sample_masks` may draw -> (N,): no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
-    # A pattern with m hidden tokens has the probability 1/B · 1/C(B,m), and these the factor B/m in
-    # the ELBO. In the product B cancels.
+    # A pattern with m hidden tokens has the probability 1/B · 1/C(B,m), and in the ELBO its tokens
+    # have the factor B/m. In the product B cancels.
     of_pattern = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
     weights = log_p.new_tensor(of_pattern)[:, None] * patterns  # (2^B−1, B), 0 at visible tokens
     return (weights[:, None] * log_p).sum((1, 2, 3))  # the products are (N, 2^B−1, L/B, B)
@@ -515,12 +518,12 @@ ESTIMATORS = {
 
 # ==== §5  Losses ==================================================================================
 # What do GRPO and StableDRL do with the estimate? Let g be the gradient of log π̂_θ(y) with respect
-# to θ. All losses here have the gradient −Σ weight·A·g / divisor, a sum over N completions. README
-# has a table of these weights, and the docstrings below derive them. GRPO's is without a bound in
+# to θ. All losses here have the gradient −Σ weight·A·g / divisor, a sum over N completions. The
+# README has a table of these weights, and the docstrings below derive them. GRPO's are unbounded in
 # one case, that of a bad completion with a large ratio.
 #
-# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there. That
-# is no bug, since their value means nothing: only the gradient is used.
+# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is then 0, since
+# Σ A = 0 or log ρ̂ = 0. That is no bug: it means nothing, and only the gradient is used.
 #
 # Why not a ratio per token, as in a GPT? A term of log π̂ is the log-probability of a token given
 # what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old
@@ -536,7 +539,7 @@ def group_advantages(rewards, group_size):
     p^G + (1−p)^G.)
 
     The mean of A·g estimates the gradient of the expected reward, with three reservations:
-      * g is on average the gradient of log π or, from `elbo`, that of a lower bound of it.
+      * g belongs to the estimate: from `elbo` it is on average the gradient of a lower bound.
       * The mean of the group contains the completion's own reward, which costs a factor 1 − 1/G.
       * The division gives more weight to prompts that are nearly always or nearly never solved: the
         divisor is 0.33 if one of eight is right, and 0.5 if four are."""
@@ -589,7 +592,7 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
       * The update of a group is a weighted mean of its A_j·g_j, so its norm is at most
         max_j |A_j|·‖g_j‖, whatever the ratios are.
       * Line 1: a weight is at most 1+ε. So beside seven completions of ratio 1 a noisy one has at
-        most (1+ε)/(1+ε+7) = 6/13 of its group, if ε = 5; without line 1 it may have all. (Beside
+        most (1+ε)/(1+ε+7) = 6/13 of the weight, if ε = 5; without line 1 it may have all. (Beside
         seven of ratio 0.01 it may still have nearly all.)
       * Line 2: each group counts 1/M. Without it, groups with large ratios outweigh the others.
 
@@ -615,7 +618,7 @@ def clip_only_loss(log_ratio, advantages, clip_eps, group_size):
 # --loss: name -> (function(log_ratio, advantages, clip_eps, group_size) -> scalar, its default ε).
 LOSSES = {
     "grpo": (grpo_loss, 0.2),
-    "stabledrl": (stabledrl_loss, 5.0),  # the paper's; 1 is better here, see README
+    "stabledrl": (stabledrl_loss, 5.0),  # the paper's; 1 is better here, see the README
     "clip_only": (clip_only_loss, 5.0),  # without line 2
     "norm_only": (stabledrl_loss, 1e300),  # without line 1: an ε so large that nothing is clipped
     "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
@@ -623,8 +626,8 @@ LOSSES = {
 
 # ==== §6  Training ================================================================================
 # How does it all run? `one_batch` is the algorithm: the policy completes prompts, the task judges,
-# and μ updates learn from that. `train` repeats it and measures. With μ = 1 every true ratio is 1,
-# and an estimated one is nothing but noise: use no_ratio then.
+# and μ updates learn from that. `train` repeats it and measures. With μ = 1 every true ratio is 1.
+# If masks are drawn anew, an estimated one is nothing but noise then: use no_ratio.
 #
 # Prompts, samples and masks each have a random stream of their own, made from the seed and the
 # number of updates done. So all losses with one seed see the same prompts and use the same random
@@ -663,7 +666,7 @@ class Config:
     device: str = "cpu"  # or cuda, mps
 
     def __post_init__(self):
-        check_settings(self)  # fills in what is None, and refuses what cannot be (§7)
+        check_settings(self)  # §7: fills in what is None, and refuses invalid values
 
 
 def seed_for(config, purpose):
@@ -704,7 +707,7 @@ def answer(model, task, texts, block_size, **options):
 def evaluate(model, task, block_size, prompts=500):
     """Held-out prompts, always the same, completed greedily, most confident place first -> dict.
     accuracy: the share that is right; writes: the first three, as text."""
-    texts, _ = task.sample(np.random.default_rng(0), prompts, "test")  # and right completions
+    texts, _ = task.sample(np.random.default_rng(0), prompts, "test")  # _: right completions
     batch, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
     right = (rewards == 1).tolist()  # a task may give less for what is partly right
     writes = []
@@ -749,9 +752,9 @@ true_log_prob = torch.no_grad()(exact_log_likelihood)
 def one_batch(config, model, optimizer, done, truths=None):
     """The algorithm: `done` updates have been made, and this makes the next μ. It returns the
     batch, its rewards (N,), a list of log ρ̂ (N,) for each update, and a list of the norms of the
-    gradients before they are clipped. To the list `truths`, if given, it appends log π (N,) of the
-    policy before each update. FloatingPointError for an update that is not finite: it is not
-    made."""
+    gradients before they are clipped. If a list `truths` is given, log π (N,) of the policy before
+    each update is appended to it. FloatingPointError if an update would not be finite: the policy
+    then stays as it is."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
@@ -825,12 +828,12 @@ def first_checkpoint(config, base_model):
 
 
 def train(config, base_model, checkpoint=None):
-    """RL from the base policy, or on from a checkpoint. Whenever a row of the log is due it yields
-    a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far. A row
-    has means over all updates since the row before, with these exceptions. ratio_max is the maximum
-    over them. accuracy, writes and seconds (since this call) are those at the row's update.
-    noise_std and drift are those of its batch. `train` touches no file. Errors: see `one_batch`,
-    `generate`."""
+    """RL from the base policy, or from a checkpoint onwards. Whenever a row of the log is due it
+    yields a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far.
+    A row has means over all updates since the row before, with these exceptions. spread is a mean
+    over first updates of a batch, and ratio_max is the maximum. accuracy, writes and seconds (since
+    this call) are those at the row's update, and noise_std and drift those of its batch. `train`
+    touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
     betas = (0.9, 0.99)  # as in StableDRL's release

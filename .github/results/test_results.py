@@ -346,11 +346,7 @@ FACTS = [  # the sentences of README that have results or two decimals in them, 
     "the probability 0.01, whatever is visible. The log of 0.01 is −4.6",
     "Under GRPO bad completions make up {{share('GRPO', 'all bad completions')}} of the push, "
     "Σ ‖weight · A · g‖, and a single one of the 256 makes up "
-    "{{share('GRPO', 'the heaviest of 256')}} (medians). Under StableDRL these are "
-    "{{share('StableDRL', 'all bad completions')}} and "
-    "{{share('StableDRL', 'the heaviest of 256')}}. Without noise they would be "
-    "{{share('without noise', 'all bad completions')}} (the g of bad ones is longer) and "
-    "{{share('without noise', 'the heaviest of 256')}}.",
+    "{{share('GRPO', 'the heaviest of 256')}} (medians).",
 ]
 
 
