@@ -21,11 +21,11 @@ that wrote them, π_old, is another one. To use them for μ updates, PPO and GRP
 gradient of the expected reward again. It is also the gradient of E_old[ρ·A], since ∇ρ = ρ·∇log π_θ.
 
 Why GRPO breaks on such a model:
-  1. A block can be written in many orders. Its probability is a mean over them, and for a real
-     model they are too many. So log π is *estimated*, with random numbers (§3).
-  2. exp magnifies the error: ρ̂ = exp(log π̂_θ − log π̂_old) may be 10,000 where ρ is 1 (§4).
-  3. GRPO maximises min(ρ̂·A, clip(ρ̂)·A). With ρ̂ = 10,000 a good completion gets the weight 0, and a
-     bad one the weight 10,000 (§5).
+  1. A block can be written in many orders, and its probability is a mean over them. For a real
+     model there are too many. So log π is *estimated*, with random numbers (§3).
+  2. exp magnifies the error: ρ̂ = exp(log π̂_θ − log π̂_old) may be 100 or more where ρ is 1 (§4).
+  3. GRPO maximises min(ρ̂·A, clip(ρ̂)·A). With ρ̂ = 100 a good completion gets the weight 0, and a
+     bad one the weight 100 (§5).
   4. So nearly all of an update pushes a few bad completions down, those with the most noise.
   5. Pushing down does not stop by itself, unlike pushing up (the README says why), and it moves
      all other completions as well, since they share θ.
@@ -206,13 +206,14 @@ def check_lengths(block_size, *lengths):
 # So π(block) is the mean over the B! orders of ∏ over the steps of p(the token that was written).
 # RL trains this policy, and `reward` in the log is its reward.
 #
-# Real models mostly write first where they are most confident (order="confidence"), since their
+# Real models usually begin where they are most confident (order="confidence"), since their
 # completions are then better. That is another policy: the order follows from θ, and changes while θ
 # moves. Here it serves for evaluation, with the likeliest token at each place: see `evaluate`.
 #
-# For B = 2 each step reads what stands in brackets. The rest is cached. _ is [MASK].
+# For B = 2 each reading reads what stands in brackets. The rest is cached. _ is [MASK].
 #     [12+34=]     12+34=[__]  12+34=[4_]  12+34=[46]     12+34=46[__]  12+34=46[_.]
-# The first and the fourth reading only fill the cache.
+# The first and the fourth only fill the cache: a block is cached when it is finished, since until
+# then each new token changes its keys and values.
 
 
 @torch.no_grad()
@@ -256,7 +257,8 @@ def generate(
             priority = uniform if order == "random" else logits.softmax(-1).amax(-1)  # (N, B)
             priority = priority.masked_fill(block != model.mask_id, -1)  # written places last
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
-            logits = logits.take_along_dim(place[:, :, None], dim=1)[:, 0]  # (N, vocab)
+            logits = logits.take_along_dim(place[:, :, None], dim=1)  # (N, 1, vocab)
+            logits = logits[:, 0]  # (N, vocab)
             if not logits.logsumexp(-1).isfinite().all():  # the one −∞ of [MASK] does no harm
                 raise FloatingPointError("the model's logits are not finite")
             token = logits.argmax(-1, keepdim=True)  # (N, 1)
@@ -380,7 +382,8 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
     an unbiased estimate of it.
 
     (BD3-LM hides each token with a probability t, uniform on (0, 1), and divides by t instead of
-    m/B. On average that is the same, as ∫ t^(m−1)·(1−t)^(B−m) dt = 1/(m·C(B,m)).)"""
+    m/B. On average that is the same: a set of m tokens has the factor ∫ t^m·(1−t)^(B−m)/t dt, which
+    is 1/(m·C(B,m)), as here 1/B · 1/C(B,m) · B/m.)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     log_p = log_p.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
     hidden = masks.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
@@ -392,8 +395,8 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 # ==== §4  Noise ===================================================================================
 # How wrong is that estimate, and how can its noise be removed? In the README's example (B = 2; one
 # token is certain, and the other has p = 0.01, log p = −4.6, whatever is visible) log π̂ is −4.6, 0
-# or −9.2. Since log π̂_θ and log π̂_old have different random masks, they may differ by 9.2 though
-# θ = θ_old. Then ρ̂ is e^9.2 = 10,000 where ρ = 1.
+# or −9.2. Since log π̂_θ and log π̂_old have different random masks, they may be −4.6 and −9.2 though
+# θ = θ_old. Then ρ̂ is e^4.6 = 100 where ρ = 1.
 #
 # Say the noise of log ρ̂ is normal, with mean 0 and standard deviation σ. Then ρ̂/ρ has the mean
 # e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios would be e² = 7
@@ -426,7 +429,7 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
     """The log-probability (N,) if each block were written in one step from blanks, its tokens
     independent of each other. It has no noise, but a bias of either sign. GRPO learns with it on
-    addition (see .github/results/README.md). d1 (Zhao et al., arXiv 2504.12216) estimates so, but
+    addition (see .github/results/README.md). d1 (Zhao et al., arXiv 2504.12216) does this, but
     hides random tokens of the prompt as well."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, block_size, everything).sum((-2, -1))
@@ -518,12 +521,12 @@ ESTIMATORS = {
 
 # ==== §5  Losses ==================================================================================
 # What do GRPO and StableDRL do with the estimate? Let g be the gradient of log π̂_θ(y) with respect
-# to θ. All losses here have the gradient −Σ weight·A·g / divisor, a sum over N completions. The
-# README has a table of these weights, and the docstrings below derive them. GRPO's are unbounded in
-# one case, that of a bad completion with a large ratio.
+# to θ. All losses here have the gradient −Σ weight·A·g / divisor, a sum over N completions. (The
+# divisor may differ between groups.) The README has a table of the weights, and the docstrings
+# below derive them. GRPO's are unbounded in one case, that of a bad completion with a large ratio.
 #
-# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is then 0, since
-# Σ A = 0 or log ρ̂ = 0. That is no bug: it means nothing, and only the gradient is used.
+# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there: GRPO's
+# as Σ A = 0, and the others' as log ρ̂ = 0. That is no bug. Only the gradient is used.
 #
 # Why not a ratio per token, as in a GPT? A term of log π̂ is the log-probability of a token given
 # what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old
@@ -547,7 +550,7 @@ def group_advantages(rewards, group_size):
     groups = (rewards * 1.0).view(-1, group_size)  # (M, G); 1.0: whole numbers to floats
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
     centred = groups - groups.mean(-1, keepdim=True)
-    deviation = groups.std(-1, correction=0, keepdim=True)
+    deviation = groups.std(-1, correction=0, keepdim=True)  # of these G, not of a population
     return (centred / (deviation + 1e-6)).flatten()  # the authors' release does not divide
 
 
@@ -589,12 +592,12 @@ def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     log_ratio supplies g, since ∇log ρ̂ = g. (Without `detach` there would be a term A·log ρ̂·∇w.)
 
     What does it gain?
-      * The update of a group is a weighted mean of its A_j·g_j, so its norm is at most
-        max_j |A_j|·‖g_j‖, whatever the ratios are.
-      * Line 1: a weight is at most 1+ε. So beside seven completions of ratio 1 a noisy one has at
+      * By line 1 a weight is at most 1+ε. So beside seven completions of ratio 1 a noisy one has at
         most (1+ε)/(1+ε+7) = 6/13 of the weight, if ε = 5; without line 1 it may have all. (Beside
         seven of ratio 0.01 it may still have nearly all.)
-      * Line 2: each group counts 1/M. Without it, groups with large ratios outweigh the others.
+      * By line 2 the update of a group is a weighted mean of its A_j·g_j. So its norm is at most
+        max_j |A_j|·‖g_j‖, whatever the ratios are. And each group counts 1/M, while in GRPO groups
+        with large ratios outweigh the others.
 
     What does it give up? In GRPO, once the updates of a batch have moved a completion by more than
     ε in the intended direction, its weight becomes 0. StableDRL goes on moving it. So ε means two
@@ -626,8 +629,8 @@ LOSSES = {
 
 # ==== §6  Training ================================================================================
 # How does it all run? `one_batch` is the algorithm: the policy completes prompts, the task judges,
-# and μ updates learn from that. `train` repeats it and measures. With μ = 1 every true ratio is 1.
-# If masks are drawn anew, an estimated one is nothing but noise then: use no_ratio.
+# and μ updates use that. `train` repeats it and measures. With μ = 1 every true ratio is 1. So if
+# masks are drawn anew, an estimated ratio is then nothing but noise: use no_ratio.
 #
 # Prompts, samples and masks each have a random stream of their own, made from the seed and the
 # number of updates done. So all losses with one seed see the same prompts and use the same random
@@ -637,9 +640,9 @@ LOSSES = {
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run. Each is a flag; several values of a flag mean a run for each."""
+    """The settings of a run. Each is a flag. If it is given several values, each makes a run."""
 
-    # The base policy: all settings down to base_lr name its file.
+    # The base policy. The name of its file is made of all settings down to base_lr.
     task: str = "addition"  # what to learn, see toy_tasks
     seed: int = 0  # every seed has a base policy and random numbers of its own
     block_size: int = None  # B, tokens per block; None: the task's own
@@ -768,8 +771,8 @@ def one_batch(config, model, optimizer, done, truths=None):
     batch, rewards = answer(model, task, texts, B, samples=G, generator=sampling)
     advantages = group_advantages(rewards, G)  # (N,)
 
-    # (2) The old policy scores its own completions: log π̂_old. Once, with masks of its own. Or, if
-    # masks are shared, for each update with the masks of that update.
+    # (2) The old policy scores its own completions: log π̂_old. It does so once, with masks that no
+    # update has. Or, if masks are shared, it does so for each update, with that update's masks.
     draw = functools.partial(draw_masks, *mask_shape, B, masking)
     with torch.no_grad():
         if config.shared_masks:
@@ -779,7 +782,7 @@ def one_batch(config, model, optimizer, done, truths=None):
             old_log_probs = [estimate(model, masks=draw(), **batch)] * config.mu
             masks_of_updates = [draw() for _ in range(config.mu)]
 
-    # (3) μ updates learn from it: log π̂_θ, the ratio, the loss, a step of the optimiser.
+    # (3) μ updates: log π̂_θ, the ratio, the loss, a step of the optimiser.
     log_ratios, grad_norms = [], []
     for masks, old_log_prob in zip(masks_of_updates, old_log_probs):
         log_prob = estimate(model, masks=masks, **batch)  # (N,)
@@ -830,10 +833,11 @@ def first_checkpoint(config, base_model):
 def train(config, base_model, checkpoint=None):
     """RL from the base policy, or from a checkpoint onwards. Whenever a row of the log is due it
     yields a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far.
-    A row has means over all updates since the row before, with these exceptions. spread is a mean
-    over first updates of a batch, and ratio_max is the maximum. accuracy, writes and seconds (since
-    this call) are those at the row's update, and noise_std and drift those of its batch. `train`
-    touches no file. Errors: see `one_batch`, `generate`."""
+    A row has means over all updates since the row before, except
+      * spread: a mean over the first updates of batches; ratio_max: the maximum;
+      * accuracy, writes, seconds (since this call): at the row's update;
+      * noise_std, drift: over the last batch.
+    `train` touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
     betas = (0.9, 0.99)  # as in StableDRL's release
