@@ -9,26 +9,22 @@ by filling in [MASK]s: block after block from left to right, and within a block 
 How rewards train a model (skip it if you know GRPO). As a distribution over completions, the model
 is a *policy* π_θ with parameters θ. It completes each prompt G times; these G completions are a
 *group*. A judge gives each completion a reward. Its *advantage* A is that reward minus the mean of
-its group, divided by the standard deviation of the group. It is a *good* completion if A > 0, and a
-*bad* one if A < 0. The gradient of the expected reward is E[reward·∇log π_θ]. A number that does
-not depend on the completion may be subtracted from the reward, since E[∇log π_θ] = 0. So gradient
-ascent on Σ A·log π_θ(completion) raises the expected reward. This is REINFORCE. (There are
-three reservations: see `group_advantages` in §5.)
+its group, divided by the standard deviation of the group. A completion is *good* if A > 0, and
+*bad* if A < 0. The gradient of the expected reward is E[reward·∇log π_θ]. A number that does not
+depend on the completion may be subtracted from the reward, since E[∇log π_θ] = 0. So gradient
+ascent on Σ A·log π_θ(completion) raises the expected reward. This is REINFORCE. (There are three
+reservations: see `group_advantages` in §5.)
 
 That holds for completions which π_θ itself wrote. After one optimiser step (an *update*) the policy
 that wrote them, π_old, is another one. To use them for μ updates, PPO and GRPO weight them by the
 *importance ratio* ρ = π_θ/π_old: for any f, E_old[ρ·f] = E_θ[f]. So E_old[ρ·A·∇log π_θ] is the
 gradient of the expected reward again. It is also the gradient of E_old[ρ·A], since ∇ρ = ρ·∇log π_θ.
 
-Why GRPO breaks on such a model:
-  1. A block can be written in many orders, and its probability is a mean over them. For a real
-     model there are too many. So log π is *estimated*, with random numbers (§3).
-  2. exp magnifies the error: ρ̂ = exp(log π̂_θ − log π̂_old) may be 100 or more where ρ is 1 (§4).
-  3. GRPO maximises min(ρ̂·A, clip(ρ̂)·A). With ρ̂ = 100 a good completion gets the weight 0, and a
-     bad one the weight 100 (§5).
-  4. So nearly all of an update pushes a few bad completions down, those with the most noise.
-  5. Pushing down does not stop by itself, unlike pushing up (the README says why), and it moves
-     all other completions as well, since they share θ.
+Why GRPO breaks on such a model, in short: π of a completion is a mean over the orders in which it
+can be written, too many to compute. So log π is *estimated*, with random numbers (§3), and ρ̂ may be
+100 or more where ρ is 1 (§4). GRPO clips such a ratio if the completion is good, but not if it is
+bad (§5). So an update mostly pushes down a few bad completions, those with the most noise.
+
 StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum.
 
@@ -51,8 +47,7 @@ Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
           masks        (N, K, L)  True where a copy shows [MASK] in place of its token. (`mask` is
                                   another thing, an attention mask: who may look at whom)
           steps        (N, L)     the step, 0..B−1 in its block, at which a token was written
-  log π̂   log_prob     (N,)       estimate of log π(y|q), or of a lower bound on it, in nats (units
-                                  of the natural logarithm)
+  log π̂   log_prob     (N,)       estimate of log π(y|q), or of a lower bound on it, in nats
   log ρ̂   log_ratio    (N,)       log π̂_θ − log π̂_old: one number per completion
   A       advantages   (N,)       reward relative to the group
   ε       clip_eps                ratios are clipped to [1−ε, 1+ε]
@@ -129,7 +124,7 @@ class Layer(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
         keys_values = torch.stack((rotate(key, rotation), value))  # (2, N, H, S, D)
         if cache is not None:
-            samples = len(x) // cache.shape[1]  # N/M, or 1
+            samples = len(x) // cache.shape[1]  # N/M for a cache of prompts, else 1
             cache = cache.repeat_interleave(samples, dim=1)  # (2, N, H, T−S, D)
             keys_values = torch.cat((cache, keys_values), dim=3)  # (2, N, H, T, D)
         query = rotate(query, rotation)
@@ -210,7 +205,7 @@ def check_lengths(block_size, *lengths):
 # completions are then better. That is another policy: the order follows from θ, and changes while θ
 # moves. Here it serves for evaluation, with the likeliest token at each place: see `evaluate`.
 #
-# For B = 2 each reading reads what stands in brackets. The rest is cached. _ is [MASK].
+# For B = 2, brackets show what each reading reads. The rest is cached. _ is [MASK].
 #     [12+34=]     12+34=[__]  12+34=[4_]  12+34=[46]     12+34=46[__]  12+34=46[_.]
 # The first and the fourth only fill the cache: a block is cached when it is finished, since until
 # then each new token changes its keys and values.
@@ -230,7 +225,7 @@ def generate(
 ):
     """Complete prompts (M,P), each `samples` times -> (N,L) long, N = M·samples; with return_steps
     also the steps (N,L) long. Rows i·samples to (i+1)·samples−1 belong to prompt i. temperature
-    divides the logits; 0 takes the likeliest token. (§3 and §4 score temperature 1.)
+    divides the logits; 0 takes the likeliest token. (§3 and §4 are about temperature 1.)
     FloatingPointError for logits that are NaN or +∞."""
     prompts = torch.as_tensor(prompts)
     M, P = prompts.shape
@@ -247,7 +242,7 @@ def generate(
     for begin in range(P, P + L, B):
         end = begin + B
         block_positions = positions[begin:end]
-        block_mask = mask[begin:end, :end]  # True everywhere: a block sees itself and all before it
+        block_mask = mask[begin:end, :end]  # a block sees itself and all before it
         columns = slice(begin - P, end - P)
         block = completions[:, columns]  # (N, B), a view: writing here writes there
         # For a random order each place draws a number. The place with the largest comes first.
@@ -381,9 +376,9 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it.
 
-    (BD3-LM hides each token with a probability t, uniform on (0, 1), and divides by t instead of
-    m/B. On average that is the same: a set of m tokens has the factor ∫ t^m·(1−t)^(B−m)/t dt, which
-    is 1/(m·C(B,m)), as here 1/B · 1/C(B,m) · B/m.)"""
+    (BD3-LM hides each token with a probability t, uniform on (0, 1), and has the factor 1/t instead
+    of B/m. On average that is the same. For a set of m tokens, probability times factor is there
+    ∫ t^m·(1−t)^(B−m)/t dt = 1/(m·C(B,m)), and here 1/B · 1/C(B,m) · B/m.)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     log_p = log_p.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
     hidden = masks.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
@@ -393,10 +388,9 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 
 
 # ==== §4  Noise ===================================================================================
-# How wrong is that estimate, and how can its noise be removed? In the README's example (B = 2; one
-# token is certain, and the other has p = 0.01, log p = −4.6, whatever is visible) log π̂ is −4.6, 0
-# or −9.2. Since log π̂_θ and log π̂_old have different random masks, they may be −4.6 and −9.2 though
-# θ = θ_old. Then ρ̂ is e^4.6 = 100 where ρ = 1.
+# How wrong is that estimate, and how can its noise be removed? log π̂_θ and log π̂_old have different
+# random masks. So in the README's example, where an estimate is −4.6, 0 or −9.2, ρ̂ may be
+# e^4.6 = 100 or e^9.2 = 10,000 though θ = θ_old and ρ = 1.
 #
 # Say the noise of log ρ̂ is normal, with mean 0 and standard deviation σ. Then ρ̂/ρ has the mean
 # e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios would be e² = 7
@@ -417,8 +411,8 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool in pairs, copies k and k + K/2 (DiffuCoder, arXiv 2506.20639). In each block the
     second of a pair hides what the first shows, or everything if the first shows nothing. So each
-    token is hidden at least once. In the example above a pair always gives −4.6. Each copy alone is
-    distributed as in `sample_masks`, since below B the counts m and B − m are equally likely."""
+    token is hidden at least once. In the README's example a pair always gives −4.6. Each copy alone
+    is distributed as in `sample_masks`, since below B the counts m and B − m are equally likely."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     first = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = first.unflatten(-1, (-1, block_size))  # (N, K/2, L/B, B)
@@ -521,9 +515,9 @@ ESTIMATORS = {
 
 # ==== §5  Losses ==================================================================================
 # What do GRPO and StableDRL do with the estimate? Let g be the gradient of log π̂_θ(y) with respect
-# to θ. All losses here have the gradient −Σ weight·A·g / divisor, a sum over N completions. (The
-# divisor may differ between groups.) The README has a table of the weights, and the docstrings
-# below derive them. GRPO's are unbounded in one case, that of a bad completion with a large ratio.
+# to θ. All losses here have the gradient −Σ weight·A·g/divisor over the N completions, where the
+# divisor may differ from group to group. The README has the weights, and the docstrings below
+# derive them.
 #
 # Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there: GRPO's
 # as Σ A = 0, and the others' as log ρ̂ = 0. That is no bug. Only the gradient is used.
@@ -550,7 +544,7 @@ def group_advantages(rewards, group_size):
     groups = (rewards * 1.0).view(-1, group_size)  # (M, G); 1.0: whole numbers to floats
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
     centred = groups - groups.mean(-1, keepdim=True)
-    deviation = groups.std(-1, correction=0, keepdim=True)  # of these G, not of a population
+    deviation = groups.std(-1, correction=0, keepdim=True)  # divided by G, not G − 1
     return (centred / (deviation + 1e-6)).flatten()  # the authors' release does not divide
 
 
@@ -565,7 +559,8 @@ def check_batch(group_size, *tensors):
 
 def safe_exp(log_ratio):
     """exp of log_ratio (N,), but above 80 value and gradient are both e^80: float32 ends at e^88,
-    and ∞·0 is NaN. (What is subtracted is a constant. A clamp would make the gradient 0.)"""
+    and ∞·0 is NaN. (What is subtracted is a constant. A clamp would make the gradient 0.) If the
+    gradient of the parameters overflows all the same, `one_batch` ends the run."""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
 
@@ -623,7 +618,7 @@ LOSSES = {
     "grpo": (grpo_loss, 0.2),
     "stabledrl": (stabledrl_loss, 5.0),  # the paper's; 1 is better here, see the README
     "clip_only": (clip_only_loss, 5.0),  # without line 2
-    "norm_only": (stabledrl_loss, 1e300),  # without line 1: an ε so large that nothing is clipped
+    "norm_only": (stabledrl_loss, 1e300),  # without line 1: nothing is clipped up to e^690
     "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
 }
 
@@ -763,7 +758,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(seed_for(config, f"yours {done}"))  # in case a loss of yours draws numbers
+    torch.manual_seed(seed_for(config, f"yours {done}"))  # for a loss of yours that draws
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -772,7 +767,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     advantages = group_advantages(rewards, G)  # (N,)
 
     # (2) The old policy scores its own completions: log π̂_old. It does so once, with masks that no
-    # update has. Or, if masks are shared, it does so for each update, with that update's masks.
+    # update uses. Or, if masks are shared, it does so for each update, with that update's masks.
     draw = functools.partial(draw_masks, *mask_shape, B, masking)
     with torch.no_grad():
         if config.shared_masks:
