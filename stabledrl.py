@@ -6,14 +6,14 @@ Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language 
 transformer that is shown a text with some tokens replaced by [MASK], and predicts them. It writes
 by filling in [MASK]s: block after block from left to right, and within a block in random order.
 
-How rewards train a model (skip it if you know GRPO). As a distribution over completions, the model
-is a *policy* π_θ with parameters θ. It completes each prompt G times; these G completions are a
-*group*. A judge gives each completion a reward. Its *advantage* A is that reward minus the mean of
-its group, divided by the standard deviation of the group. A completion is *good* if A > 0, and
-*bad* if A < 0. The gradient of the expected reward is E[reward·∇log π_θ]. A number that does not
-depend on the completion may be subtracted from the reward, since E[∇log π_θ] = 0. So gradient
-ascent on Σ A·log π_θ(completion) raises the expected reward. This is REINFORCE. (There are three
-reservations: see `group_advantages` in §5.)
+How rewards train a model (if you know GRPO, look at the words in asterisks only). As a distribution
+over completions, the model is a *policy* π_θ with parameters θ. It completes each prompt G times;
+these G completions are a *group*. A judge gives each completion a reward. Its *advantage* A is that
+reward minus the mean of its group, divided by the standard deviation of the group. A completion is
+*good* if A > 0, and *bad* if A < 0. The gradient of the expected reward is E[reward·∇log π_θ]. A
+number that does not depend on the completion may be subtracted from the reward, since E[∇log π_θ]
+is 0. So gradient ascent on Σ A·log π_θ(completion) raises the expected reward. This is REINFORCE.
+(There are three reservations: see `group_advantages` in §5.)
 
 That holds for completions which π_θ itself wrote. After one optimiser step (an *update*) the policy
 that wrote them, π_old, is another one. To use them for μ updates, PPO and GRPO weight them by the
@@ -21,9 +21,9 @@ that wrote them, π_old, is another one. To use them for μ updates, PPO and GRP
 gradient of the expected reward again. It is also the gradient of E_old[ρ·A], since ∇ρ = ρ·∇log π_θ.
 
 Why GRPO breaks on such a model, in short: π of a completion is a mean over the orders in which it
-can be written, too many to compute. So log π is *estimated*, with random numbers (§3), and ρ̂ may be
-100 or more where ρ is 1 (§4). GRPO clips such a ratio if the completion is good, but not if it is
-bad (§5). So an update mostly pushes down a few bad completions, those with the most noise.
+can be written, too much to compute for long blocks. So log π is *estimated*, with random numbers
+(§3), and ρ̂ may be 100 or more where ρ is 1 (§4). GRPO clips such a ratio if the completion is good,
+but not if it is bad (§5). So an update mostly pushes down the bad completions with the most noise.
 
 StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
 group by their sum.
@@ -158,8 +158,8 @@ class BlockDiffusionTransformer(nn.Module):
 
     def read(self, tokens, positions, mask, cache=None):
         """Read tokens that follow a cached text -> logits (N,S,vocab_size), and the new cache, a
-        list of one tensor per layer. mask (S,T); cache: what an earlier `read` returned, or None if
-        no text stands before."""
+        list of one tensor per layer. mask (S,T); cache: what an earlier `read` returned, or None at
+        the beginning of a text."""
         exponents = torch.arange(0, self.head_dim, 2, device=tokens.device) / self.head_dim
         angles = positions[:, None] * 10_000.0**-exponents  # (S, D/2)
         rotation = torch.exp(1j * angles)
@@ -205,7 +205,7 @@ def check_lengths(block_size, *lengths):
 # completions are then better. That is another policy: the order follows from θ, and changes while θ
 # moves. Here it serves for evaluation, with the likeliest token at each place: see `evaluate`.
 #
-# For B = 2, brackets show what each reading reads. The rest is cached. _ is [MASK].
+# For B = 2, brackets show what is read each time. The rest is cached. _ is [MASK].
 #     [12+34=]     12+34=[__]  12+34=[4_]  12+34=[46]     12+34=46[__]  12+34=46[_.]
 # The first and the fourth only fill the cache: a block is cached when it is finished, since until
 # then each new token changes its keys and values.
@@ -262,7 +262,7 @@ def generate(
                 token = torch.multinomial(p, 1, generator=generator)
             block.scatter_(1, place, token)
             steps[:, columns].scatter_(1, place, step)
-        if end < P + L:  # nobody reads on after the last block
+        if end < P + L:  # after the last block nothing is read
             _, cache = model.read(block, block_positions, block_mask, cache)
     return (completions, steps) if return_steps else completions
 
@@ -370,15 +370,15 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
       3. A prediction depends on which tokens are visible, not on the order in which they were
          written. So this is also a mean over sets. When a random step begins, m tokens are hidden,
          with m uniform on 1..B. In a random order these can be any m tokens, all sets equally
-         likely, and each of them is equally likely to be written next. So the mean in 2. is a mean
-         over m, and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with probability
-         1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
+         likely, and each token of a set is equally likely to be written next. So the mean in 2. is
+         a mean over m, and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with
+         probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it.
 
     (BD3-LM hides each token with a probability t, uniform on (0, 1), and has the factor 1/t instead
-    of B/m. On average that is the same. For a set of m tokens, probability times factor is there
-    ∫ t^m·(1−t)^(B−m)/t dt = 1/(m·C(B,m)), and here 1/B · 1/C(B,m) · B/m.)"""
+    of B/m. On average that is the same. For a set of m tokens, probability times factor is
+    ∫ t^m·(1−t)^(B−m)/t dt = 1/(m·C(B,m)), and in this file 1/B · 1/C(B,m) · B/m.)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     log_p = log_p.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
     hidden = masks.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
@@ -400,7 +400,7 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 #   * More copies: σ falls as 1/√K. Coupled copies (below) have less noise than independent ones.
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
-#     own, so there are μ old estimates of a batch, all made before the first update: then the
+#     own, so there are μ old estimates of a batch, all made before the first update, while the
 #     policy is still π_old.
 #   * Another ratio, along the order of writing: `trajectory`, below.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
@@ -437,8 +437,8 @@ def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
     Its ratio is not ρ, but that of the pair (completion y, order o). It is a valid weight as well:
     E_old[π_θ(y,o)/π_old(y,o)·f(y,o)] = E_θ[f(y,o)]. With f = A·∇log π_θ(y,o) this is again the
     gradient of the expected reward. The probability of a random order, 1/B! per block, does not
-    depend on θ, so it is left out. (If order="confidence", it does depend on θ, and this is
-    wrong.)"""
+    depend on θ, so it is left out. (If order="confidence", it does depend on θ, and leaving
+    it out is wrong.)"""
     k = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
     hidden = steps[:, None] >= k  # (N, B, L): copy k hides what was written at step k or later
     log_p = token_log_probs(model, prompts, completions, block_size, hidden)  # (N, B, L)
@@ -537,7 +537,7 @@ def group_advantages(rewards, group_size):
 
     The mean of A·g estimates the gradient of the expected reward, with three reservations:
       * g belongs to the estimate: from `elbo` it is on average the gradient of a lower bound.
-      * The mean of the group contains the completion's own reward, which costs a factor 1 − 1/G.
+      * The mean of the group contains the completion's own reward, which shrinks it by 1 − 1/G.
       * The division gives more weight to prompts that are nearly always or nearly never solved: the
         divisor is 0.33 if one of eight is right, and 0.5 if four are."""
     check_batch(group_size, rewards)
@@ -558,7 +558,7 @@ def check_batch(group_size, *tensors):
 
 
 def safe_exp(log_ratio):
-    """exp of log_ratio (N,), but above 80 value and gradient are both e^80: float32 ends at e^88,
+    """exp of log_ratio (N,), but above 80 value and derivative are both e^80: float32 ends at e^88,
     and ∞·0 is NaN. (What is subtracted is a constant. A clamp would make the gradient 0.) If the
     gradient of the parameters overflows all the same, `one_batch` ends the run."""
     overflow = (log_ratio - 80).clamp(min=0).detach()
@@ -758,7 +758,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(seed_for(config, f"yours {done}"))  # for a loss of yours that draws
+    torch.manual_seed(seed_for(config, f"yours {done}"))  # a loss of yours may draw
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -786,7 +786,7 @@ def one_batch(config, model, optimizer, done, truths=None):
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # not finite if a term is not
+        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # NaN or infinite if a term is
             raise FloatingPointError(
                 f"update {done + len(log_ratios) + 1} was not made: loss {loss:.3g}, "
                 f"gradient norm {grad_norm:.3g}"
