@@ -782,6 +782,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     for masks, old_log_prob in zip(masks_of_updates, old_log_probs):
         log_prob = estimate(model, masks=masks, **batch)  # (N,)
         log_ratio = log_prob - old_log_prob  # log ρ̂
+        check_batch(G, advantages, log_ratio)
         loss = loss_function(log_ratio, advantages, config.clip_eps, G)
         optimizer.zero_grad()
         loss.backward()
@@ -985,15 +986,23 @@ def load_start(out, config):
 
 
 def trial(out, resume, config):
-    """A look at the files that exist, and one batch of one prompt on an untrained model, so that
+    """A look at the files that exist, and one batch of two prompts on an untrained model, so that
     what cannot work fails before any work."""
     folder = Path(out, run_name(config))
-    assert resume or not folder.exists(), f"{folder} exists: --resume, or another --out"
+    assert resume or not folder.exists(), (
+        f"{folder} exists: --resume, or another --out if the code changed"
+    )
     load_start(out, config)
-    small = dataclasses.replace(config, prompts=1, log_every=config.mu, updates=config.mu)
+    small = dataclasses.replace(config, prompts=2, log_every=config.mu, updates=config.mu)
     model = new_model(config)
     start = {"model": model.state_dict(), "optimizer": None, "rows": [{"update": 0}]}
-    next(train(small, model, start))
+    try:
+        next(train(small, model, start))
+    except REFUSED as error:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if "torch" not in frame.filename and not frame.filename.endswith("stabledrl.py"):
+                raise ValueError(f"{frame.filename}, line {frame.lineno}: {error}") from None
+        raise
 
 
 def make_base(out, config):

@@ -384,6 +384,14 @@ def no_gradient(log_ratio, advantages, clip_eps, group_size):
     return log_ratio.detach().mean()
 
 
+def wrong_shape(log_ratio, advantages, clip_eps, group_size):
+    return (log_ratio * torch.ones(5)).sum()
+
+
+def one_group(log_ratio, advantages, clip_eps, group_size):
+    return (log_ratio * advantages.view(-1, group_size)).sum()
+
+
 def hide_nothing(num_seqs, copies, completion_len, block_size, generator):
     return torch.zeros(num_seqs, copies, completion_len, dtype=torch.bool)
 
@@ -395,8 +403,14 @@ def per_token(model, prompts, completions, block_size, masks, steps):
 OWN = [
     ("loss", (no_scalar, 1.0), "only for scalar outputs"),
     ("loss", (no_gradient, 1.0), "does not require grad"),
+    (
+        "loss",
+        (wrong_shape, 1.0),
+        f"test_program.py, line {wrong_shape.__code__.co_firstlineno + 1}: ",
+    ),
+    ("loss", (one_group, 1.0), f"test_program.py, line {one_group.__code__.co_firstlineno + 1}: "),
     ("masks", hide_nothing, "update 1 was not made: loss nan"),
-    ("estimator", per_token, "shape must be (N,)"),
+    ("estimator", per_token, "shape must be (N,) = (16,), not [16, 4]"),
 ]
 
 
@@ -527,12 +541,12 @@ def test_one_failed_run_does_not_end_the_others(error, tmp_path, monkeypatch, ca
     loss: with its place. The other run goes on, and the status says that one has failed."""
 
     def unlucky(log_ratio, advantages, clip_eps, group_size):
-        if len(log_ratio) > group_size:  # not when it is tried
+        if len(log_ratio) > 2 * group_size:  # not when it is tried
             raise error("bad luck")
         return log_ratio.sum()
 
     monkeypatch.setitem(S.LOSSES, "unlucky", (unlucky, 1.0))
-    flags = f"{FLAGS} --updates 2 --log_every 2 --loss unlucky grpo"
+    flags = f"{FLAGS} --prompts 3 --updates 2 --log_every 2 --loss unlucky grpo"
     with pytest.raises(SystemExit) as stop:
         S.main([*flags.split(), "--out", str(tmp_path)])
     printed = capsys.readouterr().out

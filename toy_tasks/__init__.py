@@ -13,7 +13,8 @@ copy):
     sample(rng, n, split)       -> n prompts and n reference completions (lists of str), drawn by
                                    the numpy Generator rng; split is "train" or "test", and no
                                    prompt is in both
-    reward(prompt, completion)  -> float in [0, 1], judged from the two strings alone. It takes any
+    reward(prompt, completion)  -> float in [0, 1], judged from the two strings alone. It is 1 if the
+                                   completion is right, which the accuracy counts. It takes any
                                    string and never raises. A completion of another length gets 0.
 
 To add one: write the module, and put it into TASKS.

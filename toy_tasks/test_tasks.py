@@ -175,7 +175,7 @@ def random_completions(task, references, rng, n):
 
 @pytest.mark.parametrize("n", [4_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_no_completion_fools_or_stops_the_judge(task, n):
-    """No exception, reward 1 for just what the oracle calls right, and no call above 50 ms. (A
+    """No exception, reward 1 for just what the oracle calls right, and no call above 2 s. (A
     judge that hangs takes seconds.)"""
     assert task.name in ORACLES, "a new task needs an independent judge here"
     rng = np.random.default_rng(0)
@@ -185,7 +185,7 @@ def test_no_completion_fools_or_stops_the_judge(task, n):
     for prompt, completion in zip(itertools.cycle(prompts), completions):
         began = time.perf_counter()
         reward = task.reward(prompt, completion)
-        assert time.perf_counter() - began < 0.05
+        assert time.perf_counter() - began < 2
         assert 0.0 <= reward <= 1.0
         assert (reward == 1.0) == ORACLES[task.name](prompt, completion)
         rewarded += reward == 1.0
