@@ -397,7 +397,8 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 # times too large on average. Real noise has heavier tails, and the average is larger still.
 #
 # What lowers the noise?
-#   * More copies: σ falls as 1/√K. Coupled copies (below) have less noise than independent ones.
+#   * More copies: σ falls as 1/√K. On addition, coupled copies (below) have much less noise than
+#     independent ones.
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
 #     own, so there are μ old estimates of a batch, all made before the first update, while the
@@ -412,7 +413,7 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool in pairs, copies k and k + K/2 (DiffuCoder, arXiv 2506.20639). In each block the
     second of a pair hides what the first shows, or everything if the first shows nothing. So each
     token is hidden at least once. In the README's example a pair always gives −4.6. Each copy alone
-    is distributed as in `sample_masks`, since below B the counts m and B − m are equally likely."""
+    is distributed as in `sample_masks`, as for m < B the counts m and B − m are equally likely."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     first = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = first.unflatten(-1, (-1, block_size))  # (N, K/2, L/B, B)
@@ -421,10 +422,10 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 
 
 def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
-    """The log-probability (N,) if each block were written in one step from blanks, its tokens
-    independent of each other. It has no noise, but a bias of either sign. GRPO learns with it on
-    addition (see .github/results/README.md). d1 (Zhao et al., arXiv 2504.12216) does this, but
-    hides random tokens of the prompt as well."""
+    """The log-probability (N,) that the completion would have if each block were written in one
+    step, its tokens independent of each other. It has no noise, but a bias of either sign. GRPO
+    learns with it on addition (see .github/results/README.md). d1 (Zhao et al., arXiv 2504.12216)
+    does this, but hides random tokens of the prompt as well."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, block_size, everything).sum((-2, -1))
 
@@ -537,7 +538,7 @@ def group_advantages(rewards, group_size):
 
     The mean of A·g estimates the gradient of the expected reward, with three reservations:
       * g belongs to the estimate: from `elbo` it is on average the gradient of a lower bound.
-      * The mean of the group contains the completion's own reward, which shrinks it by 1 − 1/G.
+      * The mean of the group contains the completion's own reward. This is a factor 1 − 1/G.
       * The division gives more weight to prompts that are nearly always or nearly never solved: the
         divisor is 0.33 if one of eight is right, and 0.5 if four are."""
     check_batch(group_size, rewards)
@@ -567,7 +568,7 @@ def safe_exp(log_ratio):
 
 def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     """GRPO without KL term (Shao et al., arXiv 2402.03300), with one ratio per completion:
-    log_ratio (N,), advantages (N,) -> scalar, −mean min(ρ̂·A, clip(ρ̂)·A). group_size is not used.
+    log_ratio (N,), advantages (N,) -> scalar, −mean min(ρ̂·A, clip(ρ̂)·A). Groups play no role.
 
     ρ̂ = exp(log π̂_θ − log π̂_old) has the gradient ρ̂·g. Where the min is ρ̂·A, its gradient is ρ̂·A·g.
     Where the min is clip(ρ̂)·A, and the clip changes ρ̂, its gradient is 0. Say ε = 0.2 and
@@ -687,8 +688,8 @@ def new_model(config):
 
 def answer(model, task, texts, block_size, **options):
     """The model completes M prompts (strings), options as in `generate`, and the task judges ->
-    (batch, rewards (N,)). batch has all that an estimate needs beside model and masks: prompts
-    (M,P), completions (N,L), their steps (N,L) and block_size."""
+    (batch, rewards (N,)). batch has all that an estimate needs besides the model and the masks:
+    prompts (M,P), completions (N,L), their steps (N,L) and block_size."""
     device = model.embed.weight.device
     prompts = torch.as_tensor(encode(task, texts), device=device)
     completions, steps = generate(
@@ -758,7 +759,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(seed_for(config, f"yours {done}"))  # a loss of yours may draw
+    torch.manual_seed(seed_for(config, f"yours {done}"))  # a loss of yours may draw numbers
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -787,12 +788,12 @@ def one_batch(config, model, optimizer, done, truths=None):
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # NaN or infinite if a term is
+        if not (loss + grad_norm + log_ratio.sum()).isfinite():  # it is not if a term is not
             raise FloatingPointError(
                 f"update {done + len(log_ratios) + 1} was not made: loss {loss:.3g}, "
                 f"gradient norm {grad_norm:.3g}"
             )
-        if truths is not None:
+        if truths is not None:  # before the step: of the policy that log_prob is of
             truths.append(true_log_prob(model, **batch))
         optimizer.step()
         log_ratios.append(log_ratio.detach())
@@ -831,8 +832,8 @@ def train(config, base_model, checkpoint=None):
     yields a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far.
     A row has means over all updates since the row before, except
       * spread: a mean over the first updates of batches; ratio_max: the maximum;
-      * accuracy, writes, seconds (since this call): at the row's update;
-      * noise_std, drift: over the last batch.
+      * accuracy, writes, seconds (since this call), noise_std: at the row's update;
+      * drift: over its batch.
     `train` touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
