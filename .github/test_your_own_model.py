@@ -159,6 +159,24 @@ def test_a_row_without_completion_and_a_model_in_training_mode_are_refused():
         Y.hide(IS_COMPLETION & torch.tensor([[True], [True], [False], [True]]))
     with pytest.raises(AssertionError, match="eval"):
         Y.estimate(Tiny().train(), TOKENS, IS_COMPLETION, IS_COMPLETION, MASK)
+    model = Tiny()
+    model.head.train()
+    with pytest.raises(AssertionError, match="eval"):
+        Y.estimate(model, TOKENS, IS_COMPLETION, IS_COMPLETION, MASK)
+
+
+def test_a_completion_that_is_not_finished_is_refused():
+    """Even if the place that is still masked is hidden."""
+    tokens = TOKENS.masked_fill(IS_COMPLETION & (IS_COMPLETION.cumsum(-1) == 1), MASK)
+    with pytest.raises(AssertionError, match="still masked"):
+        Y.estimate(Tiny(), tokens, IS_COMPLETION, IS_COMPLETION, MASK)
+
+
+def test_the_rows_that_are_not_finite_are_named():
+    log_ratio, rewards = torch.zeros(4), torch.tensor([0.0, math.nan, 1.0, 0.0])
+    log_ratio[0] = math.inf
+    with pytest.raises(FloatingPointError, match=r"rows \[1, 3\]"):
+        Y.whole_batch(torch.tensor([3, 1, 0, 2]), log_ratio, rewards, 2)
 
 
 def test_the_noise_is_that_of_two_independent_estimates():

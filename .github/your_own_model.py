@@ -1,30 +1,44 @@
-"""StableDRL in a trainer of your own, for a model with full attention such as LLaDA: its whole
-completion is one block. Processes and micro-batches may cut the groups in any way.
+"""GRPO and StableDRL in a trainer of your own, for a model with full attention such as LLaDA: its
+whole completion is one block. Processes and micro-batches may cut the groups in any way.
+
+If you hold the model that wrote the completions, call `learn` with grpo_loss and clip_eps=0.2: the
+masks are then shared. If the old estimates come from elsewhere, without their masks, call
+`training_step` with micro-batches from `with_masks`, stabledrl_loss and clip_eps=1.
 
 Copy this file beside stabledrl.py and toy_tasks/. Or copy it into your program together with
 `group_advantages`, the loss that you use, and their helpers `check_batch` and `safe_exp`: they need
 torch and math.
 
 N completions are in the batch, n of them on this process, and k in a micro-batch of it. Row r of
-the batch belongs to group r // group_size. Names and shapes:
-  tokens         (k, S)  long: prompt, completion, and padding on either side
-  is_completion  (k, S)  bool: all that the sampler wrote, end-of-text and padding that it wrote
-                         included. (If you cut behind the first end-of-text token, the estimate is
-                         that of a model which is told the length.)
+the batch belongs to group r // group_size. Filler is what makes texts equally long, on either side.
+Names and shapes:
+  tokens         (k, S)  long: prompt, completion and filler
+  is_completion  (k, S)  bool: all that the sampler wrote, end-of-text tokens included, no filler. (If
+                         you cut behind the first end-of-text token, the estimate is that of a model
+                         which is told the length.)
   hidden         (k, S)  bool, True where the model sees [MASK]
-  micro_batches          list of (tokens, is_completion, hidden); S may differ between them
+  micro_batches          list of (tokens, is_completion), in `training_step` with hidden as a third;
+                         S may differ between them
   rows, rewards  (n,)    the number 0..N−1 of each completion on this process, in the order of the
-                         micro-batches, and its reward
-  model                  torch.nn.Module, tokens (k,S) -> logits (k,S,vocab), −inf for [MASK]. It must
-                         not look at padding: wrap yours if it takes an attention mask.
+                         micro-batches, and its reward as it is, not normalised. If each process
+                         holds whole groups, rows are torch.arange(n) + rank·n
+  model                  torch.nn.Module, tokens (k,S) -> logits (k,S,vocab), −inf for [MASK]. It
+                         must not look at filler: wrap yours if it takes an attention mask. (Filler
+                         needs an id of its own, other than that of end-of-text.)
 
 What nothing here checks:
-  * The sampler's temperature is 1, without top-p: else it is another policy.
-  * Every process has the same weights and at least one completion, but a random seed of its own:
-    else all would draw the same masks.
+  * The sampler writes one token at a time, in random order over the whole completion, at
+    temperature 1, without top-p, with the current weights, and with the same logits as here.
+  * mask_id is right. (A wrong one trains, badly.)
+  * All completions of a group have the same prompt.
+  * All processes have the same weights, and at least one completion. Seed them differently, but
+    after the model is made: otherwise all draw the same masks.
   * Weights that Adam changes are float32: bfloat16 rounds most small updates away.
+  * Autocast stands inside the model's forward, not around these functions. (They run it without
+    gradient first, and in torch 2.13 some layers then get no gradient at all.)
   * With shared masks the log-ratios of the first update, which `learn` returns, are 0. If they are
-    not, old and new estimates are not of the same completions.
+    not, the model's forward is random, or not the same twice. But 0 proves nothing else.
+  * Not tried: FSDP, gradient scalers. Gradients that a parameter has before the call are deleted.
 """
 
 import torch
@@ -50,7 +64,8 @@ def estimate(model, tokens, is_completion, hidden, mask_id):
     ratio of a mean over tokens would be ρ̂^(1/length)."""
     # Dropout would be one more noise in the ratio. (Some libraries checkpoint gradients in training
     # mode only. For them set every dropout to 0, and leave this line out.)
-    assert not model.training, "call model.eval() first"
+    assert not any(module.training for module in model.modules()), "call model.eval() first"
+    assert not (is_completion & (tokens == mask_id)).any(), "a completion has a place still masked"
     logits = model(torch.where(hidden, mask_id, tokens))  # (k, S, vocab)
     # Softmax and sum in float32: between 128 and 256 bfloat16 has whole numbers only. At −150 nats
     # rounding to them would alone give the difference of two estimates a noise of 0.4 nats.
@@ -73,8 +88,8 @@ def with_masks(micro_batches):
 def noise(model, micro_batches, mask_id):
     """σ in nats, to be measured before you train: the standard deviation, over completions, of the
     difference of two estimates with masks of their own. Both are of one policy, so each true ratio
-    is 1. Take some hundred completions, or repeat it: the tail is heavy. And look again later, since
-    σ changes while you train."""
+    is 1. Take some hundred completions, or repeat it: the tail is heavy. And look again later: σ
+    changes while you train."""
     first = log_probs(model, with_masks(micro_batches), mask_id)  # (n,)
     return (first - log_probs(model, with_masks(micro_batches), mask_id)).std()
 
@@ -92,8 +107,9 @@ def whole_batch(rows, log_ratio, rewards, group_size):
     if len(rows) % group_size or rows.tolist() != list(range(len(rows))):
         raise ValueError(f"not whole groups of {group_size} with each row once: {rows.tolist()}")
     # Never replace a NaN by 0: as a log π̂, beside others of −150, this gives the largest ratio.
-    if not (log_ratio + rewards).isfinite().all():
-        raise FloatingPointError(f"log-ratios {log_ratio.tolist()}, rewards {rewards.tolist()}")
+    bad = ~(log_ratio + rewards).isfinite()
+    if bad.any():
+        raise FloatingPointError(f"log-ratio or reward of rows {bad.nonzero().flatten().tolist()}")
     return log_ratio, rewards
 
 
@@ -111,10 +127,10 @@ def training_step(
     max_grad_norm=1.0,
 ):
     """One update, with the gradient of the whole batch -> log ρ̂ (N,), and the norm of the gradient
-    before it is clipped. old_log_prob (n,): see `learn`. loss and clip_eps: those of the row of
-    README's table that fits, for example grpo_loss and 0.2 if masks are shared. ValueError for rows
-    that are held twice or missing (of a missing last group nobody knows), FloatingPointError for
-    numbers that are not finite: the update is not made then."""
+    before it is clipped. old_log_prob (n,): see `learn`. loss and clip_eps: grpo_loss and 0.2 if
+    masks are shared, else stabledrl_loss and 1, or 0 for no ratio (see README's table). ValueError
+    for rows that are held twice or missing (of a missing last group nobody knows),
+    FloatingPointError for numbers that are not finite: the update is not made then."""
     # (1) A loss needs whole groups, but only one number of each completion. So compute them all
     # without gradient, and gather them.
     log_ratio = log_probs(model, micro_batches, mask_id) - old_log_prob  # (n,)
@@ -135,8 +151,8 @@ def training_step(
     for c, piece in zip(coefficients.split(sizes), micro_batches):
         (c * estimate(model, *piece, mask_id)).sum().backward()
 
-    # (4) Sum over the processes. (`model` is the bare model. If it is wrapped in DDP, its gradients
-    # are *means* over the processes: leave the sum out, and multiply c by their number.)
+    # (4) Sum over the processes. (`model` is the bare model: for one that is wrapped in DDP,
+    # pass model.module.)
     if dist.is_initialized():
         for p in parameters:
             dist.all_reduce(p.grad)
