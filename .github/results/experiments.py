@@ -183,6 +183,7 @@ def register():
 MACHINES = {  # name of its file of kept lines -> what the page says
     "xeon": "Intel Xeon, 29 November 2026",
     "genoa": "AMD EPYC (Genoa), 29 November 2026",
+    "turin": "AMD EPYC (Turin), 29 November 2026",
     "epyc": "AMD EPYC, 25 to 27 November 2026",
     "h100": "H100 machine, 26 and 27 November 2026",
 }
@@ -306,10 +307,12 @@ LEFT = {
     "sudoku": f"{SUDOKU} --updates 240",
 }
 WAYS = {
-    "mean field": "--estimator mean_field",
-    "trajectory": "--estimator trajectory",
-    "exact ELBO": "--estimator exact_elbo",
-    "exact": "--estimator exact",
+    "GRPO, shared masks": "--loss grpo --shared_masks",
+    "GRPO, trajectory": "--loss grpo --estimator trajectory",
+    "GRPO, mean field": "--loss grpo --estimator mean_field",
+    "GRPO, exact ELBO": "--loss grpo --estimator exact_elbo",
+    "GRPO, exact": "--loss grpo --estimator exact",
+    "StableDRL, ε = 1, masks anew": "--clip_eps 1",
 }
 PARTS = {
     "no ratio, which is ε = 0": "--loss no_ratio",
@@ -368,7 +371,7 @@ EXPERIMENTS = {
     "tunnel": Experiment(product(OBJECTIVES, NOISES), "epyc"),
     "tunnel_8": Experiment(product(OBJECTIVES, NOISES), "epyc", "--updates 600 --mu 8"),
     "one_update": Experiment(product(LEADING, {"μ = 1": "--mu 1", "μ = 2": ""}), "epyc"),
-    "ways": Experiment(product(WAYS, TWO), "epyc"),
+    "ways": Experiment(product(WAYS, MU), "turin", seeds=FIVE),
     "slow": Experiment(product(TWO, {rate: f"--lr {rate}" for rate in SLOW}), "epyc"),
     "parts": Experiment(product(PARTS, MU), "epyc", seeds=FIVE),
     "spikes": Experiment(
