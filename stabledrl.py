@@ -461,7 +461,7 @@ def every_pattern(model, prompts, completions, block_size):
     )
     sets = torch.arange(1, 2**B, device=completions.device)  # place i is hidden if bit i is 1
     places = torch.arange(B, device=sets.device)
-    patterns = (sets[:, None] >> places) % 2 == 1  # (2^B−1, B), for B = 2: [1 0], [0 1], [1 1]
+    patterns = (sets[:, None] >> places) % 2 == 1  # (2^B−1, B), set s in row s−1: [1 0], [0 1], ..
     masks = patterns.repeat(1, L // B).expand(len(completions), -1, -1)  # (N, 2^B−1, L)
     log_p = token_log_probs(model, prompts, completions, B, masks)  # (N, 2^B−1, L)
     return patterns, log_p.unflatten(-1, (-1, B))
@@ -660,7 +660,7 @@ class Config:
     group_size: int = 8  # G, completions per prompt
     mu: int = 2  # updates per batch of completions
     max_grad_norm: float = 1.0  # the norm of the gradient is clipped to this; 1e9 means never
-    log_every: int = 40  # updates per line of the log, and per checkpoint
+    log_every: int = 40  # updates per line of the log, and per checkpoint: a multiple of mu
     updates: int = 600  # updates of a run, in all
     device: str = "cpu"  # or cuda, mps
 
@@ -759,7 +759,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(seed_for(config, f"yours {done}"))  # a loss of yours may draw numbers
+    torch.manual_seed(seed_for(config, f"yours {done}"))  # for a loss of yours that draws
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -793,7 +793,7 @@ def one_batch(config, model, optimizer, done, truths=None):
                 f"update {done + len(log_ratios) + 1} was not made: loss {loss:.3g}, "
                 f"gradient norm {grad_norm:.3g}"
             )
-        if truths is not None:  # before the step: of the policy that log_prob is of
+        if truths is not None:  # before the step, as log_prob
             truths.append(true_log_prob(model, **batch))
         optimizer.step()
         log_ratios.append(log_ratio.detach())
@@ -887,8 +887,6 @@ BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
 UNNAMED = ("seed", "estimator", "updates", "device")  # not among a name's setting=value
 PANELS = {"reward": "reward", "ratio_max": "largest ratio", "grad_norm": "gradient norm"}
 COLOURS = "tab:red tab:orange tab:blue tab:cyan tab:green tab:purple tab:brown tab:pink gold black"
-
-
 CHOICES = {"task": TASKS, "loss": LOSSES, "estimator": ESTIMATORS, "masks": MASKS}
 LEAST = {"seed": 0, "group_size": 2, "max_grad_norm": 1e-9}  # others: 1 if int, else 0
 

@@ -258,20 +258,11 @@ def test_kept_lines_are_those_of_the_experiments():
 
 def test_the_defaults_are_those_of_the_kept_lines():
     """A line is named after what differs from them: with others it would be of another run."""
-    assert vars(S.Config()) == {
-        **{
-            "task": "addition",
-            "seed": 0,
-            "block_size": 2,
-            "d_model": 64,
-            "n_layer": 2,
-            "n_head": 4,
-        },
-        **{"base_accuracy": 0.4, "base_lr": 1e-3, "loss": "stabledrl", "estimator": "elbo"},
-        **{"masks": "independent", "shared_masks": False, "copies": 1, "clip_eps": 5, "lr": 1e-4},
-        **{"prompts": 32, "group_size": 8, "mu": 2, "max_grad_norm": 1, "log_every": 40},
-        **{"updates": 600, "device": "cpu"},
-    }
+    base = dict(task="addition", seed=0, block_size=2, d_model=64, n_layer=2, n_head=4)
+    base |= dict(base_accuracy=0.4, base_lr=1e-3)
+    rl = dict(loss="stabledrl", estimator="elbo", masks="independent", shared_masks=False, copies=1)
+    rl |= dict(clip_eps=5, lr=1e-4, prompts=32, group_size=8, mu=2, max_grad_norm=1, log_every=40)
+    assert vars(S.Config()) == base | rl | dict(updates=600, device="cpu")
     assert [S.LOSSES[name][1] for name in ("grpo", "clip_only", "no_ratio")] == [0.2, 5, 0]
 
 
