@@ -32,7 +32,7 @@ COLOURS = {  # one method has one colour in all figures; those of `plot` are in 
     "SAPO": "tab:pink",
     "dual clip": "goldenrod",
     "no ratio": "black",
-    "without noise": "grey",
+    "every ratio 1": "grey",
     "good completions": "goldenrod",
     "bad completions": "saddlebrown",
 }
@@ -96,7 +96,7 @@ def draw_noise(path):
         bars = right.bar([0.3 * i, 0.3 * i + 1.2], heights, 0.3, color=COLOURS[label], label=label)
         right.bar_label(bars, [f"{height:.0f} %" for height in heights])
     right.set_xticks([0.3, 1.5], list(shares))
-    right.set(title="share of Σ ‖weight · A · g‖ at a first update", ylim=(0, 115), ylabel="%")
+    right.set(title="share of the summed norms of the terms", ylim=(0, 115), ylabel="%")
     right.legend()
     figure.savefig(path)
 

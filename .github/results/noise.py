@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from experiments import FIVE, HERE, POLICIES, SMALL, S, load, make_bases, short
 
-SHARES = {"GRPO": ("grpo", 1), "StableDRL": ("stabledrl", 1), "without noise": ("grpo", 0)}
+SHARES = {"GRPO": ("grpo", 1), "StableDRL": ("stabledrl", 1), "every ratio 1": ("grpo", 0)}
 BINS = np.arange(-20.25, 20.5, 0.5)  # of log ρ̂ in nats; the middle one is centred on 0
 
 
