@@ -293,15 +293,15 @@ def sample_masks(num_seqs, copies, completion_len, block_size, generator):
 
 
 def staircase_positions(prompt_len, completion_len, copies=1, device=None):
-    """(S,) long, S = P + L + K·L. Noisy copies reuse the positions P..P+L−1 of the completion: a
+    """(T,) long, T = P + L + K·L. Noisy copies reuse the positions P..P+L−1 of the completion: a
     token is predicted where the sampler wrote it."""
     clean = torch.arange(prompt_len + completion_len, device=device)  # (P + L,)
     return torch.cat((clean, clean[prompt_len:].repeat(copies)))
 
 
 def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None):
-    """(S,S) bool, True = the row may look at the column, for [prompt | clean completion | noisy
-    copy 1 | .. | noisy copy K], S = P + L + K·L. Source: the paper's staircase attention; its three
+    """(T,T) bool, True = the row may look at the column, for [prompt | clean completion | noisy
+    copy 1 | .. | noisy copy K], T = P + L + K·L. Source: the paper's staircase attention; its three
     parts are those of BD3-LM's mask (Arriola et al. 2025), here with a prompt that is never noisy.
     Clean text, the prompt included, is under the block-causal mask. For P = 4, L = 4, B = 2, K = 2:
                   prompt    clean     copy 1    copy 2
@@ -324,9 +324,9 @@ def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None
     """
     P, L = prompt_len, completion_len
     check_lengths(block_size, P, L)
-    block = staircase_positions(P, L, copies, device) // block_size  # (S,) 0, 1, ..
+    block = staircase_positions(P, L, copies, device) // block_size  # (T,) 0, 1, ..
     copy_of = torch.arange(copies + 1, device=device).repeat_interleave(L)  # (L + K·L,)
-    copy_of = F.pad(copy_of, (P, 0))  # (S,) k in noisy copy k, 0 in prompt and clean completion
+    copy_of = F.pad(copy_of, (P, 0))  # (T,) k in noisy copy k, 0 in prompt and clean completion
     from_block, to_block = block[:, None], block[None, :]
     from_copy, to_copy = copy_of[:, None], copy_of[None, :]
     clean_to_clean = (from_copy == 0) & (to_copy == 0) & (from_block >= to_block)
@@ -343,8 +343,8 @@ def token_log_probs(model, prompts, completions, block_size, masks):
     Each prompt is read once for all of its N/M completions, under the first P rows of
     `staircase_mask`. Then one pass under the other rows reads [completion | K noisy copies]."""
     (N, K, L), P = masks.shape, prompts.shape[1]
-    mask = staircase_mask(P, L, block_size, K, prompts.device)  # (S, S), S = P + L + K·L
-    positions = staircase_positions(P, L, K, prompts.device)  # (S,)
+    mask = staircase_mask(P, L, block_size, K, prompts.device)  # (T, T), T = P + L + K·L
+    positions = staircase_positions(P, L, K, prompts.device)  # (T,)
     noisy = torch.where(masks, model.mask_id, completions[:, None])  # (N, K, L)
     tokens = torch.cat((completions, noisy.flatten(1)), dim=1)  # (N, L + K·L)
     _, cache = model.read(prompts, positions[:P], mask[:P, :P])  # gradients flow through it
@@ -423,9 +423,11 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 
 def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
     """The log-probability (N,) that the completion would have if each block were written in one
-    step, its tokens independent of each other. It has no noise, but a bias of either sign. GRPO
-    learns with it on addition (see .github/results/README.md). d1 (Zhao et al., arXiv 2504.12216)
-    does this, but hides random tokens of the prompt as well."""
+    step, its tokens independent of each other. It has no noise, but a bias: if the policy writes
+    46 or 64, each half of the time, this gives both 1/4, and as much to 44 and 66, which are never
+    written. GRPO learns with it on addition (see .github/results/README.md). d1 (Zhao et al., arXiv
+    2504.12216) does this, and hides random tokens of the prompt as well, the same ones for both
+    estimates of a ratio."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, block_size, everything).sum((-2, -1))
 
@@ -703,16 +705,16 @@ def answer(model, task, texts, block_size, **options):
     return batch, torch.tensor(rewards, device=device)
 
 
-def evaluate(model, task, block_size, prompts=500):
-    """Held-out prompts, always the same, completed greedily, most confident place first -> dict.
+def evaluate(model, task, block_size, count=500):
+    """`count` held-out prompts, always the same, completed greedily, most confident place first -> dict.
     accuracy: the share that is right; writes: the first three, as text."""
-    texts, _ = task.sample(np.random.default_rng(0), prompts, "test")  # _: right completions
+    texts, _ = task.sample(np.random.default_rng(0), count, "test")  # _: right completions
     batch, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
     right = (rewards == 1).tolist()  # a task may give less for what is partly right
     writes = []
     for prompt, completion, is_right in zip(texts, decode(task, batch["completions"][:3]), right):
         writes.append(f"{prompt}{completion} {'right' if is_right else 'wrong'}")
-    return {"accuracy": sum(right) / prompts, "writes": writes}
+    return {"accuracy": sum(right) / count, "writes": writes}
 
 
 def pretrain(config):

@@ -874,7 +874,7 @@ def setting(monkeypatch):
         return sum(a == b for a, b in zip(completion, total)) / 4
 
     monkeypatch.setattr(TASKS["addition"], "reward", reward)
-    monkeypatch.setattr(S, "evaluate", functools.partial(EVALUATE, prompts=20))
+    monkeypatch.setattr(S, "evaluate", functools.partial(EVALUATE, count=20))
 
 
 def watch(monkeypatch, owner, name):

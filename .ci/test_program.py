@@ -57,7 +57,7 @@ def setting(monkeypatch):
     prompts are enough for an accuracy. (To find the
     source of Config for --help takes 0.1 seconds: once is enough.)"""
     monkeypatch.setattr(TASKS["addition"], "reward", eval(REWARD))
-    monkeypatch.setattr(S, "evaluate", functools.partial(EVALUATE, prompts=20))
+    monkeypatch.setattr(S, "evaluate", functools.partial(EVALUATE, count=20))
     monkeypatch.setattr(S, "launch", lambda work, configs, fork: LAUNCH(work, configs, False))
     monkeypatch.setattr(S, "plot", lambda policies, path: None)
     monkeypatch.setattr(inspect, "getsource", GETSOURCE)

@@ -90,6 +90,19 @@ def spiked(loss):
     return with_spikes
 
 
+def finite(skip):
+    """GRPO that no infinite gradient can end: a ratio above e^40 counts as e^40. With skip, an
+    update has the gradient 0 if a bad completion has such a ratio."""
+
+    def loss(log_ratio, advantages, clip_eps, group_size):
+        above = (log_ratio - 40).clamp(min=0).detach()
+        if skip and ((above > 0) & (advantages < 0)).any():
+            return 0 * log_ratio.sum()
+        return S.grpo_loss(log_ratio - above, advantages, clip_eps)
+
+    return loss
+
+
 def injected(loss, sigma, who):
     """Normal noise of σ nats in the log-ratio of all, of the bad or of the good completions. It is
     added to the number, so it changes weights and no gradient of log π."""
@@ -167,6 +180,8 @@ def register():
     for sign, single in itertools.product((-1, 1), (True, False)):
         name = ("one_" if single else "all_") + ("good" if sign == 1 else "bad")
         S.LOSSES[name] = (one_sided(sign, single), 0.0)
+    S.LOSSES["finite"] = (finite(skip=False), 0.2)
+    S.LOSSES["skipping"] = (finite(skip=True), 0.2)
     S.LOSSES["dual_clip"] = (dual_clip, 5.0)
     S.LOSSES["per_token"] = (per_token, 0.2)
     S.LOSSES["sapo"] = (sapo, 0.0)
@@ -184,6 +199,7 @@ MACHINES = {  # name of its file of kept lines -> what the page says
     "xeon": "Intel Xeon, 29 November 2026",
     "genoa": "AMD EPYC (Genoa), 29 November 2026",
     "turin": "AMD EPYC (Turin), 29 November 2026",
+    "milan": "AMD EPYC (Milan), 30 November 2026",
     "epyc": "AMD EPYC, 25 to 27 November 2026",
     "h100": "H100 machine, 26 and 27 November 2026",
 }
@@ -343,6 +359,12 @@ TASKS = {
     "countdown": f"{COUNTDOWN} --lr 3e-5 {PAIR}",
     "sudoku": SUDOKU,
 }
+FINITE = {
+    "GRPO": "--loss grpo",
+    "GRPO, ratios at most e^40": "--loss finite",
+    "GRPO, updates above e^40 skipped": "--loss skipping",
+    "StableDRL, ε = 5": "--loss stabledrl",
+}
 SLOW = ("1e-5", "3e-5", "5e-5", "1e-4", "2e-4", "4e-4")
 SIZES = {
     "3.2 M, 1e-4": "--d_model 256 --n_layer 4 --lr 1e-4",
@@ -383,6 +405,7 @@ EXPERIMENTS = {
         product(SIDES, {"estimated": "--estimator elbo", "exact": "--estimator exact"}), "epyc"
     ),
     "tasks": Experiment(product(TASKS, TWO), "epyc"),
+    "finite": Experiment(product(FINITE, ONE), "milan", f"--updates 600 {SUDOKU}", FIVE),
     "sizes": Experiment(product(SIZES, POLICIES), "h100", f"--updates 600 {GPU}"),
     "blocks": Experiment(
         product(BLOCKS, IN_BLOCKS), "h100", f"--updates 200 --task addition5 {SMALL}"
