@@ -134,6 +134,26 @@ def test_objectives_are_finite_for_every_finite_ratio(x):
         assert value.isfinite() and leaf.grad.isfinite().all(), name
 
 
+def gradient(name, log_ratio, advantages):
+    leaf = torch.tensor(log_ratio, requires_grad=True)
+    S.LOSSES[name][0](leaf, torch.tensor(advantages), 0.2, 4).backward()
+    return leaf.grad.tolist()
+
+
+def test_finite_grpo_bounds_a_ratio_or_skips_the_update():
+    """Nothing above e^40: both are GRPO. A bad completion above: its ratio is e^40, or the gradient
+    is 0. A good one above: GRPO clips it, and nothing is skipped."""
+    advantages = [1.0, -1.0, 1.0, -1.0]
+    calm, bad, good = [0.1, 39.0, 2.0, -3.0], [0.1, 50.0, 2.0, -0.1], [50.0, 0.1, 0.1, -0.1]
+    for name in ("finite", "skipping"):
+        for log_ratio in (calm, good):
+            assert gradient(name, log_ratio, advantages) == gradient("grpo", log_ratio, advantages)
+    expected = gradient("grpo", [0.1, 40.0, 2.0, -0.1], advantages)
+    assert gradient("finite", bad, advantages) == expected
+    assert expected[1] == pytest.approx(math.exp(40) / 4)
+    assert gradient("skipping", bad, advantages) == [0, 0, 0, 0]
+
+
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.0, 3.0, -2.0, -1.0, 0.5, -0.1])
 
 
