@@ -746,8 +746,10 @@ def pretrain(config):
     raise TimeoutError(f"--base_accuracy {config.base_accuracy} is not reached in 2,000 updates")
 
 
-# log π, to be logged. Without gradients: otherwise torch would keep all 2^B − 1 copies in memory.
-true_log_prob = torch.no_grad()(exact_log_likelihood)
+@torch.no_grad()  # otherwise torch would keep all 2^B − 1 copies in memory
+def true_log_prob(model, **batch):
+    """The exact log π of a batch, (N,), to be logged."""
+    return exact_log_likelihood(model, **batch)
 
 
 def one_batch(config, model, optimizer, done, truths=None):

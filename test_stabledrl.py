@@ -645,7 +645,8 @@ def test_likelihoods_can_be_differentiated(estimate):
 
 def test_the_likelihood_of_the_log_keeps_no_graph():
     """At B = 4 it would hold 15 copies in memory."""
-    assert not S.true_log_prob(MODEL, PROMPTS, COMPLETIONS, 2).requires_grad
+    batch = {"prompts": PROMPTS, "completions": COMPLETIONS, "block_size": 2}
+    assert not S.true_log_prob(MODEL, **batch).requires_grad
 
 
 # ==== §5 Losses =====================================================================================
