@@ -371,7 +371,6 @@ def test_your_own_loss_is_run_and_shown_beside_the_kept_ones(tmp_path, monkeypat
 
 
 FACTS = [  # the sentences of README that have results or two decimals in them, as page.md has them
-    "versions of Python (3.10 to 3.13) and torch (2.11 or newer), a seed always gives the same log.",
     "the probability 0.01, whatever is visible. The log of 0.01 is −4.6",
     "and GRPO ends at {{pm(of('shared', 'GRPO', 'μ = 2: per update'))}}.",
     "Under GRPO bad completions have {{share('GRPO', 'all bad completions')}} of it, "
