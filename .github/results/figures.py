@@ -89,14 +89,14 @@ def draw_noise(path):
     normal = np.exp(-((x / sigma) ** 2) / 2) / sigma / np.sqrt(2 * np.pi)
     left.plot(x, normal, "--", color="black", label=f"normal, σ = {sigma:.1f}")
     left.set(yscale="log", xlim=(-19, 19), ylim=(1e-7, 30))
-    left.set(title="density of log ρ̂ where ρ = 1", xlabel="nats")
+    left.set(title="density of log ρ̂ at first updates", xlabel="nats")
     left.legend(loc="upper left", handlelength=1)
     for i, (label, shares) in enumerate(noise.read("shares").items()):
         heights = [100 * statistics.median(values) for values in shares.values()]
         bars = right.bar([0.3 * i, 0.3 * i + 1.2], heights, 0.3, color=COLOURS[label], label=label)
         right.bar_label(bars, [f"{height:.0f} %" for height in heights])
     right.set_xticks([0.3, 1.5], list(shares))
-    right.set(title="share of the summed norms of the terms", ylim=(0, 115), ylabel="%")
+    right.set(title="share of Σ ‖weight · A · g‖", ylim=(0, 115), ylabel="%")
     right.legend()
     figure.savefig(path)
 
