@@ -836,8 +836,9 @@ def train(config, base_model, checkpoint=None):
     yields a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far.
     A row has means over all updates since the row before, except
       * spread: a mean over the first updates of batches; ratio_max: the maximum;
-      * accuracy, writes, seconds (since this call), noise_std: at the row's update;
-      * drift: over its batch.
+      * accuracy, writes, seconds (since this call): at the row's update;
+      * noise_std: the standard deviation of log ρ̂ − log ρ at that update, if B allows the exact ρ;
+      * drift: the mean of log π_old − log π_base over its batch, which estimates KL(π_old ‖ π_base).
     `train` touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
@@ -866,9 +867,9 @@ def train(config, base_model, checkpoint=None):
             for name, numbers in recent.items():
                 row[name] = sum(numbers) / len(numbers)
             row["ratio_max"] = max(recent["ratio_max"])
-            if truths:  # at the last update of the batch: how much does log ρ̂ − log ρ vary?
+            if truths:
                 noise = log_ratios[-1] - (truths[-1] - truths[0])  # truths[0] is log π_old
-                drift = truths[0] - true_log_prob(base_model, **batch)  # mean: KL(π_old ‖ π_base)
+                drift = truths[0] - true_log_prob(base_model, **batch)
                 row["noise_std"] = noise.std(correction=0).item()
                 row["drift"] = drift.mean().item()
             row["seconds"] = time.perf_counter() - began
