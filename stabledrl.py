@@ -1109,7 +1109,7 @@ def table(policies):
     """Lines of text: label -> (rows of the log, failed) of each seed, behind their base policy. A
     run that failed counts as 0."""
     width = max(map(len, ["base policy", *policies]))
-    head = f"{'':{width}}  {'reward':15} {'accuracy':15} {'x base':13} the first seed writes"
+    head = f"{'':{width}}  {'reward':15} {'accuracy':15} {'x base':13} examples"
     behind = {}  # line of a base policy -> lines of the policies that began from it
     for label, seeds in policies.items():
         bases, ends = [rows[0] for rows, _ in seeds], []
