@@ -834,7 +834,8 @@ def first_checkpoint(config, base_model):
 def train(config, base_model, checkpoint=None):
     """RL from the base policy, or from a checkpoint onwards. Whenever a row of the log is due it
     yields a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far.
-    A row has means over all updates since the row before, except
+    A row has its `update`, the `reward` of the sampled completions, and what `evaluate` and
+    `ratio_diagnostics` find: means over all updates since the row before, except
       * spread: a mean over the first updates of batches; ratio_max: the maximum;
       * accuracy, writes, seconds (since this call): at the row's update;
       * noise_std: the standard deviation of log ρ̂ − log ρ at that update, if B allows the exact ρ;

@@ -1224,7 +1224,7 @@ def test_the_log_begins_with_the_base_policy_and_has_columns_that_are_explained(
     section = README[README.index("## What a run writes") :]
     to_watch = {*re.findall(r"`([a-z_]+)`", section)} - {"train"}
     docstrings = S.train.__doc__ + S.ratio_diagnostics.__doc__
-    explained = to_watch | {*re.findall(r"\w+(?=:| \()", docstrings)}
+    explained = to_watch | {*re.findall(r"\w+(?=[:,`]| \()", docstrings)}
     for row in rows:
         assert to_watch <= set(row) <= explained, "a column needs its explanation"
         assert 0 < row["seconds"] < 600
