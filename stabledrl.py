@@ -20,13 +20,9 @@ that wrote them, π_old, is another one. To use them for μ updates, PPO and GRP
 *importance ratio* ρ = π_θ/π_old: for any f, E_old[ρ·f] = E_θ[f]. So E_old[ρ·A·∇log π_θ] is the
 gradient of the expected reward again. It is also the gradient of E_old[ρ·A], since ∇ρ = ρ·∇log π_θ.
 
-Why GRPO breaks on such a model, in short: π of a completion is a mean over the orders in which it
-can be written, too much to compute for long blocks. So log π is *estimated*, with random numbers
-(§3), and ρ̂ may be 100 or more where ρ is 1 (§4). GRPO clips such a ratio if the completion is good,
-but not if it is bad (§5). So an update mostly pushes down the bad completions with the most noise.
-
-StableDRL (§5) is two lines: clip every ratio, whatever the sign of A; then divide the ratios of a
-group by their sum.
+On a diffusion model log π is *estimated*, with random numbers (§3). The ratio ρ̂ of two estimates
+may be 100 or more where ρ is 1 (§4). GRPO clips such a ratio if the completion is good, but not if
+it is bad (§5). StableDRL clips every ratio, and divides the ratios of a group by their sum.
 
 The sections:
   §1 Transformer    what is the model?
@@ -43,7 +39,7 @@ Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
                                   i·G+G−1 are the group of prompt i
   B       block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
   G       group_size              completions per prompt
-  K       copies                  copies of y with hidden tokens ("noisy copies") per estimate
+  K       copies                  *noisy copies*, of y with hidden tokens, per estimate: how many
           masks        (N, K, L)  True where a copy shows [MASK] in place of its token. (`mask` is
                                   another thing, an attention mask: who may look at whom)
           steps        (N, L)     the step, 0..B−1 in its block, at which a token was written
@@ -80,7 +76,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# A task makes prompts and judges completions, as strings: toy_tasks/__init__.py lists its parts.
+# A task makes prompts and judges completions, as strings; toy_tasks/__init__.py lists the details.
 from toy_tasks import TASKS, decode, encode
 
 # ==== §1  Transformer =============================================================================
@@ -117,8 +113,8 @@ class Layer(nn.Module):
 
     def forward(self, x, rotation, mask, cache):
         """x (N,S,d_model), mask (S,T), cache (2,N,H,T−S,D) or None -> (N,S,d_model), and the keys
-        and values of all T tokens, the new cache (2,N,H,T,D). A cache of M prompts (2,M,H,T−S,D)
-        will do as well: each serves its N/M completions."""
+        and values of all T tokens, the new cache (2,N,H,T,D). The cache may also be
+        that of M prompts (2,M,H,T−S,D): each is then repeated for its N/M completions."""
         qkv = self.qkv(self.norm1(x))  # (N, S, 3·d_model)
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
@@ -173,8 +169,8 @@ class BlockDiffusionTransformer(nn.Module):
 
 
 def block_causal_mask(length, block_size, device=None):
-    """(length, length) bool, True = the row may look at the column: at its own block and all before
-    it. Finished text is read under this mask. For length 4 and block_size 2 (# = True):
+    """(length, length) bool, True where the row may look at the column: its own block and all
+    before it. Finished text is read under this mask. For length 4 and block_size 2 (# = True):
         # # . .
         # # . .
         # # # #
@@ -199,16 +195,16 @@ def check_lengths(block_size, *lengths):
 #   * *Where* is chosen at random (order="random").
 #   * *What* is drawn from the model's prediction for that place.
 # So π(block) is the mean over the B! orders of ∏ over the steps of p(the token that was written).
-# RL trains this policy, and `reward` in the log is its reward.
+# RL trains this policy, and `reward` in a run's log.jsonl is its reward.
 #
 # Real models usually begin where they are most confident (order="confidence"), since their
 # completions are then better. That is another policy: the order follows from θ, and changes while θ
 # moves. Here it serves for evaluation, with the likeliest token at each place: see `evaluate`.
 #
-# For B = 2, brackets show what is read each time. The rest is cached. _ is [MASK].
+# For B = 2, brackets show what each `read` reads; the text before them is cached. _ is [MASK].
 #     [12+34=]     12+34=[__]  12+34=[4_]  12+34=[46]     12+34=46[__]  12+34=46[_.]
 # The first and the fourth only fill the cache: a block is cached when it is finished, since until
-# then each new token changes its keys and values.
+# then each new token changes its keys and values. (The last block is not: nothing follows it.)
 
 
 @torch.no_grad()
@@ -270,9 +266,9 @@ def generate(
 # ==== §3  Estimate ================================================================================
 # How likely is what it wrote? Hide tokens, and ask for them. In every block draw a count m
 # uniformly from 1..B, and put [MASK] in place of m random tokens. (This is the *forward process* of
-# diffusion: it destroys a text.) The log-probabilities that the model gives to them, times B/m and
-# summed, estimate a lower bound on log π(completion): see `elbo`. Pretraining maximises this
-# estimate, and RL uses it as log π̂.
+# diffusion: it destroys a text.) The log-probabilities that the model gives to these tokens, times
+# B/m and summed, estimate a lower bound on log π(completion): see `elbo`. Pretraining maximises
+# this estimate, and RL uses it as log π̂.
 #
 # One pass scores all blocks. Each must be predicted from the true text before it, but not from the
 # tokens that are hidden in it. So the model reads the completion clean (nothing hidden) and, beside
@@ -282,8 +278,8 @@ def generate(
 
 
 def sample_masks(num_seqs, copies, completion_len, block_size, generator):
-    """(N,K,L) bool, True = hidden: in each block m ~ U{1..B} random places, on the generator's
-    device."""
+    """(N,K,L) bool, on the generator's device, True where a token is hidden: in each block m random
+    places, with m uniform on 1..B."""
     check_lengths(block_size, completion_len)
     shape, device = (num_seqs, copies, completion_len // block_size), generator.device
     m = torch.randint(1, block_size + 1, (*shape, 1), generator=generator, device=device)
@@ -301,9 +297,10 @@ def staircase_positions(prompt_len, completion_len, copies=1, device=None):
 
 def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None):
     """(T,T) bool, True = the row may look at the column, for [prompt | clean completion | noisy
-    copy 1 | .. | noisy copy K], T = P + L + K·L. Source: the paper's staircase attention; its three
-    parts are those of BD3-LM's mask (Arriola et al. 2025), here with a prompt that is never noisy.
-    Clean text, the prompt included, is under the block-causal mask. For P = 4, L = 4, B = 2, K = 2:
+    copy 1 | .. | noisy copy K], T = P + L + K·L. Source: the paper's staircase attention. Its three
+    parts (clean to clean, noisy to clean, noisy to its own block) are those of BD3-LM's mask
+    (Arriola et al. 2025), here with a prompt that is never noisy. Clean text, the prompt included,
+    is under the block-causal mask. For P = 4, L = 4, B = 2, K = 2:
                   prompt    clean     copy 1    copy 2
         prompt    # # . .   . . . .   . . . .   . . . .
                   # # . .   . . . .   . . . .   . . . .
@@ -356,12 +353,12 @@ def token_log_probs(model, prompts, completions, block_size, masks):
 
 def elbo(model, prompts, completions, block_size, masks, steps=None):
     """log π̂ in nats (N,): the mean over K copies of Σ_blocks B/m · Σ_{i hidden} log p(y_i). Every
-    block of every copy must hide a token, since its sum is divided by m. (All estimators have these
-    arguments, used or not.)
+    block of every copy must hide a token, since its sum is divided by m. (All estimators have the
+    same arguments; this one does not use `steps`.)
 
-    It is an unbiased estimate of a lower bound on log π. One block is enough for the argument, as
-    log π of a completion is the sum over its blocks, each given the true ones before it: then the
-    bounds add up as well.
+    It is an unbiased estimate of a lower bound on log π. One block is enough for the argument:
+    log π of a completion is the sum of log π(block | true blocks before it), so the bounds of the
+    blocks add up.
       1. The sampler writes the B tokens one per step, in random order:
              π(block) = mean over all B! orders of  ∏ over the steps of  p(token | what is visible)
       2. The log of a mean is at least the mean of the logs (Jensen's inequality):
@@ -388,21 +385,22 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 
 
 # ==== §4  Noise ===================================================================================
-# How wrong is that estimate, and how can its noise be removed? log π̂_θ and log π̂_old have different
-# random masks. So in the README's example, where an estimate is −4.6, 0 or −9.2, ρ̂ may be
-# e^4.6 = 100 or e^9.2 = 10,000 though θ = θ_old and ρ = 1.
+# How wrong is that estimate, and how can its noise be removed? log π̂_θ and log π̂_old have
+# different random masks. So in the README's example, where an estimate is −4.6, 0 or −9.2, ρ̂ may
+# be e^4.6 = 100 or e^9.2 = 10,000 though θ = θ_old and ρ = 1.
 #
-# Say the noise of log ρ̂ is normal, with mean 0 and standard deviation σ. Then ρ̂/ρ has the mean
-# e^(σ²/2). On the base policies of addition σ is about 2 nats (K = 1), so ratios would be e² = 7
-# times too large on average. Real noise has heavier tails, and the average is larger still.
+# At θ = θ_old, say log ρ̂ is normal, with mean 0 and standard deviation σ. Then ρ̂ has the mean
+# e^(σ²/2) in place of 1. On the base policies of addition σ is about 2 nats (K = 1), so ratios
+# would be e² = 7 times too large on average. Real noise has heavier tails, and the average is
+# larger still.
 #
 # What lowers the noise?
-#   * More copies: σ falls as 1/√K. On addition, coupled copies (below) have much less noise than
+#   * More copies: σ falls as 1/√K. Coupled copies (`coupled_masks`) have less noise than
 #     independent ones.
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
-#     own, so there are μ old estimates of a batch, all made before the first update, while the
-#     policy is still π_old.
+#     own, so the old policy scores the batch μ times, before the first update, while it is still
+#     at hand.
 #   * Another ratio, along the order of writing: `trajectory`, below.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
@@ -413,7 +411,8 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
     """(N,K,L) bool in pairs, copies k and k + K/2 (DiffuCoder, arXiv 2506.20639). In each block the
     second of a pair hides what the first shows, or everything if the first shows nothing. So each
     token is hidden at least once. In the README's example a pair always gives −4.6. Each copy alone
-    is distributed as in `sample_masks`, as for m < B the counts m and B − m are equally likely."""
+    has the distribution of `sample_masks`, since for m < B the counts m and B − m are equally
+    likely."""
     assert copies % 2 == 0, f"coupled masks come in pairs: copies must be even, not {copies}"
     first = sample_masks(num_seqs, copies // 2, completion_len, block_size, generator)
     blocks = first.unflatten(-1, (-1, block_size))  # (N, K/2, L/B, B)
@@ -424,10 +423,10 @@ def coupled_masks(num_seqs, copies, completion_len, block_size, generator):
 def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
     """The log-probability (N,) that the completion would have if each block were written in one
     step, its tokens independent of each other. It has no noise, but a bias: if the policy writes
-    46 or 64, each half of the time, this gives both 1/4, and as much to 44 and 66, which are never
-    written. GRPO learns with it on addition (see .github/results/README.md). d1 (Zhao et al., arXiv
-    2504.12216) does this, and hides random tokens of the prompt as well, the same ones for both
-    estimates of a ratio."""
+    46 or 64, each half of the time, this gives 1/4 to each of 46, 64, 44 and 66, though the last
+    two are never written. GRPO learns with it on addition (see .github/results/README.md). d1 (Zhao
+    et al., arXiv 2504.12216) does this, and hides random tokens of the prompt as well, the same
+    ones for both estimates of a ratio."""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, block_size, everything).sum((-2, -1))
 
@@ -445,7 +444,7 @@ def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
     k = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
     hidden = steps[:, None] >= k  # (N, B, L): copy k hides what was written at step k or later
     log_p = token_log_probs(model, prompts, completions, block_size, hidden)  # (N, B, L)
-    log_p = log_p.take_along_dim(steps[:, None], dim=1)  # (N, 1, L), each token at its own step
+    log_p = log_p.take_along_dim(steps[:, None], dim=1)  # (N, 1, L): of each token the copy `step`
     return log_p.sum((-2, -1))
 
 
@@ -476,20 +475,20 @@ def exact_elbo(model, prompts, completions, block_size, masks=None, steps=None):
     # have the factor B/m. In the product B cancels.
     of_pattern = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
     weights = log_p.new_tensor(of_pattern)[:, None] * patterns  # (2^B−1, B), 0 at visible tokens
-    return (weights[:, None] * log_p).sum((1, 2, 3))  # the products are (N, 2^B−1, L/B, B)
+    return (weights[:, None] * log_p).sum((1, 2, 3))  # (2^B−1, 1, B) · (N, 2^B−1, L/B, B)
 
 
 def exact_log_likelihood(model, prompts, completions, block_size, masks=None, steps=None):
     """log π(completion | prompt) in nats (N,), if `generate` writes with order="random" and
     temperature=1. Per block, reach[h] is the probability that the sampler gets to the state in
-    which exactly the set h is hidden, and all other tokens are the completion's. In the state
-    before, one more place i was hidden. The sampler chose it with probability 1/|h∪{i}|, and wrote
-    y_i there. So
+    which exactly the set h is hidden, and all other tokens are the completion's. Writing makes the
+    set smaller: to reach h, the sampler was at h∪{i} for some i, chose the place i with probability
+    1/|h∪{i}|, and wrote y_i there. So
         reach[h] = Σ_{i not in h} reach[h∪{i}] / |h∪{i}| · p(y_i while h∪{i} is hidden)
     For B = 2 and a block ab:
         reach[{a,b}] = 1,   reach[{b}] = ½ p(a),   reach[{a}] = ½ p(b),
         π = reach[{}] = reach[{b}]·p(b|a) + reach[{a}]·p(a|b)
-    For B = 6 these are 6·2⁵ = 192 terms, in place of 720 orders with 6 factors each."""
+    For B = 6 these are 6·2⁵ = 192 terms; the mean over orders has 720 with 6 factors each."""
     _, log_p = every_pattern(model, prompts, completions, block_size)  # (N, 2^B−1, L/B, B)
     everything = 2**block_size - 1  # sets are integers: place i is hidden if bit i is 1
     log_reach = {everything: torch.zeros_like(log_p[:, 0, :, 0])}  # (N, L/B) each
@@ -522,8 +521,8 @@ ESTIMATORS = {
 # divisor may differ from group to group. The README has the weights, and the docstrings below
 # derive them.
 #
-# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there: GRPO's
-# as Σ A = 0, and the others' as log ρ̂ = 0. That is no bug. Only the gradient is used.
+# Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there: in
+# GRPO because Σ A = 0, in StableDRL because log ρ̂ = 0. That is no bug. Only the gradient is used.
 #
 # Why not a ratio per token, as in a GPT? A term of log π̂ is the log-probability of a token given
 # what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old
@@ -548,7 +547,7 @@ def group_advantages(rewards, group_size):
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
     centred = groups - groups.mean(-1, keepdim=True)
     deviation = groups.std(-1, correction=0, keepdim=True)  # divided by G, not G − 1
-    return (centred / (deviation + 1e-6)).flatten()  # the authors' release does not divide
+    return (centred / (deviation + 1e-6)).flatten()  # the authors' release skips this division
 
 
 def check_batch(group_size, *tensors):
@@ -561,9 +560,10 @@ def check_batch(group_size, *tensors):
 
 
 def safe_exp(log_ratio):
-    """exp of log_ratio (N,), but above 80 value and derivative are both e^80: float32 ends at e^88,
-    and ∞·0 is NaN. (What is subtracted is a constant. A clamp would make the gradient 0.) If the
-    gradient of the parameters overflows all the same, `one_batch` ends the run."""
+    """exp of log_ratio (N,), but where log_ratio is above 80, value and derivative are both e^80.
+    float32 ends at e^88, and an infinite ratio times an advantage of 0 would be NaN. (What is
+    subtracted is a constant. A clamp would make the gradient 0.) If the gradient of the parameters
+    overflows all the same, `one_batch` ends the run."""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
 
@@ -572,8 +572,8 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     """GRPO without KL term (Shao et al., arXiv 2402.03300), with one ratio per completion:
     log_ratio (N,), advantages (N,) -> scalar, −mean min(ρ̂·A, clip(ρ̂)·A). Groups play no role.
 
-    ρ̂ = exp(log π̂_θ − log π̂_old) has the gradient ρ̂·g. Where the min is ρ̂·A, its gradient is ρ̂·A·g.
-    Where the min is clip(ρ̂)·A, and the clip changes ρ̂, its gradient is 0. Say ε = 0.2 and
+    ρ̂ = exp(log π̂_θ − log π̂_old) has the gradient ρ̂·g. Where the min is ρ̂·A, its gradient is
+    ρ̂·A·g. Where the min is clip(ρ̂)·A, and the clip changes ρ̂, its gradient is 0. Say ε = 0.2 and
     ρ̂ = 1,000. For A = 1 it is min(1000, 1.2), with gradient 0. For A = −1 it is min(−1000, −1.2),
     with gradient −1000·g."""
     check_batch(group_size, log_ratio, advantages)
@@ -586,8 +586,8 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
 def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
     """StableDRL: log_ratio (N,), advantages (N,) -> scalar, the mean over groups. Its negative
     gradient is, for a group,  Σ_j w_j A_j g_j / Σ_j w_j  with  w_j = clip(ρ̂_j, 1−ε, 1+ε). In GRPO
-    ∇ρ̂ = ρ̂·g supplies weight and g at once. Here the weights are constants that we choose, and
-    log_ratio supplies g, since ∇log ρ̂ = g. (Without `detach` there would be a term A·log ρ̂·∇w.)
+    ∇ρ̂ = ρ̂·g gives the weight ρ̂ and g together. Here we choose the weight, a constant, and
+    log_ratio gives g, since ∇log ρ̂ = g. (Without `detach` there would be a term A·log ρ̂·∇w.)
 
     What does it gain?
       * By line 1 a weight is at most 1+ε. So beside seven completions of ratio 1 a noisy one has at
@@ -627,8 +627,8 @@ LOSSES = {
 
 # ==== §6  Training ================================================================================
 # How does it all run? `one_batch` is the algorithm: the policy completes prompts, the task judges,
-# and μ updates use that. `train` repeats it and measures. With μ = 1 every true ratio is 1. So if
-# masks are drawn anew, an estimated ratio is then nothing but noise: use no_ratio.
+# and μ updates use the result. `train` repeats it and measures. (With μ = 1 every true ratio is 1,
+# and with fresh masks an estimated one is pure noise: use no_ratio.)
 #
 # Prompts, samples and masks each have a random stream of their own, made from the seed and the
 # number of updates done. So all losses with one seed see the same prompts and use the same random
@@ -638,7 +638,7 @@ LOSSES = {
 
 @dataclasses.dataclass
 class Config:
-    """The settings of a run. Each is a flag. If it is given several values, each makes a run."""
+    """The settings of a run. Each is a flag; a flag with several values makes a run for each."""
 
     # The base policy. The name of its file is made of all settings down to base_lr.
     task: str = "addition"  # what to learn, see toy_tasks
@@ -706,8 +706,8 @@ def answer(model, task, texts, block_size, **options):
 
 
 def evaluate(model, task, block_size, count=500):
-    """`count` held-out prompts, always the same, completed greedily, most confident place first -> dict.
-    accuracy: the share that is right; writes: the first three, as text."""
+    """`count` held-out prompts, always the same, completed greedily, most confident place first ->
+    dict. accuracy: the share that is right; writes: the first three, as text."""
     texts, _ = task.sample(np.random.default_rng(0), count, "test")  # _: right completions
     batch, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
     right = (rewards == 1).tolist()  # a task may give less for what is partly right
@@ -718,13 +718,13 @@ def evaluate(model, task, block_size, count=500):
 
 
 def pretrain(config):
-    """A policy for RL to start from: maximise the ELBO of right completions, until the accuracy
-    reaches base_accuracy. (It stops at the first measurement that is high enough, so this
+    """Pretrain the policy that RL starts from: maximise the ELBO of right completions, until the
+    accuracy reaches base_accuracy. (It stops at the first measurement that is high enough, so this
     measurement is a little too high.) TimeoutError if 2,000 updates do not suffice."""
     task, B = TASKS[config.task], config.block_size
     model = new_model(config)
     optimizer = torch.optim.Adam(model.parameters(), config.base_lr)
-    rng = np.random.default_rng([config.seed, 0])  # RL draws its prompts from [seed, 1, done]
+    rng = np.random.default_rng([config.seed, 0])  # RL: [seed, 1, updates done]
     masking = stream(config, "pretrain")
     # One more round than updates, to evaluate the last one.
     bar = tqdm(range(2001), disable=None, bar_format="{desc}, {n} updates, {elapsed}")
@@ -756,14 +756,14 @@ def one_batch(config, model, optimizer, done, truths=None):
     """The algorithm: `done` updates have been made, and this makes the next μ. It returns the
     batch, its rewards (N,), a list of log ρ̂ (N,) for each update, and a list of the norms of the
     gradients before they are clipped. If a list `truths` is given, log π (N,) of the policy before
-    each update is appended to it. FloatingPointError if an update would not be finite: the policy
-    then stays as it is."""
+    each update is appended to it. FloatingPointError if an update would not be finite; it is
+    not made."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(seed_for(config, f"yours {done}"))  # for a loss of yours that draws
+    torch.manual_seed(seed_for(config, f"yours {done}"))  # if your loss or estimator draws
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -771,8 +771,8 @@ def one_batch(config, model, optimizer, done, truths=None):
     batch, rewards = answer(model, task, texts, B, samples=G, generator=sampling)
     advantages = group_advantages(rewards, G)  # (N,)
 
-    # (2) The old policy scores its own completions: log π̂_old. It does so once, with masks that no
-    # update uses. Or, if masks are shared, it does so for each update, with that update's masks.
+    # (2) The old policy scores its own completions: log π̂_old. Once, with masks that no update
+    # uses; or, if masks are shared, once for each update, with that update's masks.
     draw = functools.partial(draw_masks, *mask_shape, B, masking)
     with torch.no_grad():
         if config.shared_masks:
@@ -836,10 +836,11 @@ def train(config, base_model, checkpoint=None):
     yields a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far.
     A row has its `update`, the `reward` of the sampled completions, and what `evaluate` and
     `ratio_diagnostics` find: means over all updates since the row before, except
-      * spread: a mean over the first updates of batches; ratio_max: the maximum;
+      * spread: the standard deviation of log ρ̂ at the first update of a batch, mean over batches;
+      * ratio_max: the maximum;
       * accuracy, writes, seconds (since this call): at the row's update;
       * noise_std: the standard deviation of log ρ̂ − log ρ at that update, if B allows the exact ρ;
-      * drift: the mean of log π_old − log π_base over its batch, which estimates KL(π_old ‖ π_base).
+      * drift: the mean of log π_old − log π_base over its batch, an estimate of KL(π_old‖π_base).
     `train` touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
@@ -869,7 +870,8 @@ def train(config, base_model, checkpoint=None):
                 row[name] = sum(numbers) / len(numbers)
             row["ratio_max"] = max(recent["ratio_max"])
             if truths:
-                noise = log_ratios[-1] - (truths[-1] - truths[0])  # truths[0] is log π_old
+                # log ρ̂ − log ρ, both before the last step; truths[0] is log π_old
+                noise = log_ratios[-1] - (truths[-1] - truths[0])
                 drift = truths[0] - true_log_prob(base_model, **batch)
                 row["noise_std"] = noise.std(correction=0).item()
                 row["drift"] = drift.mean().item()
@@ -882,7 +884,7 @@ def train(config, base_model, checkpoint=None):
 
 # ==== §7  Command line ============================================================================
 # Nothing here belongs to the method: files, flags, processes, a table and a figure. `train` yields
-# checkpoints, and `run` writes them down. A run that goes on is `train` with its last checkpoint. A
+# checkpoints, and `run` writes them down. To resume a run, `train` gets its last checkpoint. A
 # file also has two fingerprints, `probe` of its model and `base` of the base policy, so that files
 # of another model or base policy are refused.
 
@@ -890,7 +892,7 @@ REFUSED = (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError
 SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # if neither flag is given
 SETTINGS = [field.name for field in dataclasses.fields(Config)]
 BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
-UNNAMED = ("seed", "estimator", "updates", "device")  # not among a name's setting=value
+UNNAMED = ("seed", "estimator", "updates", "device")  # no setting=value in the name of a run
 PANELS = {"reward": "reward", "ratio_max": "largest ratio", "grad_norm": "gradient norm"}
 COLOURS = "tab:red tab:orange tab:blue tab:cyan tab:green tab:purple tab:brown tab:pink gold black"
 CHOICES = {"task": TASKS, "loss": LOSSES, "estimator": ESTIMATORS, "masks": MASKS}
@@ -950,8 +952,8 @@ def probe(model):
 
 def save(path, model, state):
     """Write a checkpoint under another name, then rename it, so that no checkpoint is ever half
-    written. `base` is the probe of the policy that the run began from: of the model itself if the
-    state does not say."""
+    written. `base` is the probe of the run's base policy; the file of a base policy holds its
+    own."""
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     own = probe(model)
     torch.save({"base": own} | state | {"probe": own}, unfinished)
@@ -959,7 +961,8 @@ def save(path, model, state):
 
 
 def load(path, model):
-    """Read the weights into the model -> what `save` wrote. ValueError if it does not fit."""
+    """Read the weights into the model, and return what `save` wrote. ValueError if it does not
+    fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         model.load_state_dict(state["model"])
@@ -992,7 +995,7 @@ def load_start(out, config):
 
 def trial(out, resume, config):
     """A look at the files that exist, and one batch of two prompts on an untrained model, so that
-    what cannot work fails before any work."""
+    bad settings fail early."""
     folder = Path(out, run_name(config))
     assert resume or not folder.exists(), (
         f"{folder} exists: --resume, or another --out if the code changed"
@@ -1085,7 +1088,8 @@ def parse(argv):
     parser.add_argument("--out", default="runs", help="folder for all files; default: runs")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with old runs")
     for field in dataclasses.fields(Config):
-        kind, least = (int, "*") if field.type is bool else (field.type, "+")  # * may be none: 1
+        # --shared_masks needs no value: 1
+        kind, least = (int, "*") if field.type is bool else (field.type, "+")
         parser.add_argument(f"--{field.name}", type=kind, nargs=least, help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
     out, resume = given.pop("out"), given.pop("resume")
