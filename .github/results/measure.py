@@ -111,7 +111,7 @@ DECISION = [  # condition, choice; experiment, row and column of its numbers; ro
     "two_by_two/good ones alone/no ratio/good only",
     "each batch is used once or twice/no ratio (REINFORCE)/"
     "two_by_two/all completions/no ratio/no ratio",
-    "none of these fits/StableDRL, ε = 1 (compare no ratio)/"
+    "none of these fits/StableDRL, ε = 1 (try no ratio, too)/"
     "shared/StableDRL, ε = 1/anew/StableDRL, ε = 1",
     "for comparison: the paper's ε/StableDRL, ε = 5/shared/StableDRL, ε = 5/anew/StableDRL, ε = 5",
     "for comparison/GRPO, masks drawn anew/shared/GRPO/anew/",
