@@ -373,9 +373,9 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it.
 
-    (BD3-LM hides each token with a probability t, uniform on (0, 1), and has the factor 1/t instead
-    of B/m. On average that is the same. For a set of m tokens, probability times factor is
-    ∫ t^m·(1−t)^(B−m)/t dt = 1/(m·C(B,m)), and in this file 1/B · 1/C(B,m) · B/m.)"""
+    (BD3-LM hides each token with a probability t, uniform on (0, 1), and has the factor 1/t in place
+    of B/m. For a set of m tokens, probability times factor is then ∫ t^m·(1−t)^(B−m)/t dt =
+    1/(m·C(B,m)), which is what it is here: 1/B · 1/C(B,m) · B/m.)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     log_p = log_p.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
     hidden = masks.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
