@@ -39,7 +39,7 @@ Notation: symbol, name in the code, shape, meaning. A hat marks an estimate.
                                   i·G+G−1 are the group of prompt i
   B       block_size              tokens per block; P and L are multiples of B. B = 2: "46", ".."
   G       group_size              completions per prompt
-  K       copies                  *noisy copies*, of y with hidden tokens, per estimate: how many
+  K       copies                  number of *noisy copies* per estimate: y with some tokens hidden
           masks        (N, K, L)  True where a copy shows [MASK] in place of its token. (`mask` is
                                   another thing, an attention mask: who may look at whom)
           steps        (N, L)     the step, 0..B−1 in its block, at which a token was written
@@ -204,7 +204,8 @@ def check_lengths(block_size, *lengths):
 # For B = 2, brackets show what each `read` reads; the text before them is cached. _ is [MASK].
 #     [12+34=]     12+34=[__]  12+34=[4_]  12+34=[46]     12+34=46[__]  12+34=46[_.]
 # The first and the fourth only fill the cache: a block is cached when it is finished, since until
-# then each new token changes its keys and values. (The last block is not: nothing follows it.)
+# then each new token changes the keys and values of the block. (The last block is not: nothing
+# follows it.)
 
 
 @torch.no_grad()
@@ -270,8 +271,8 @@ def generate(
 # B/m and summed, estimate a lower bound on log π(completion): see `elbo`. Pretraining maximises
 # this estimate, and RL uses it as log π̂.
 #
-# One pass scores all blocks. Each must be predicted from the true text before it, but not from the
-# tokens that are hidden in it. So the model reads the completion clean (nothing hidden) and, beside
+# One pass scores all blocks. Each block must be predicted from the true text before it, without
+# seeing its own hidden tokens. So the model reads the completion clean (nothing hidden) and, beside
 # it, K noisy copies, each with its own hidden tokens. The *staircase* mask says who may look at
 # whom: a noisy token at its own noisy block, and at clean blocks *strictly before* its own.
 # Predictions are taken at the noisy copies.
@@ -337,8 +338,9 @@ def token_log_probs(model, prompts, completions, block_size, masks):
     prompts (M,P), completions (N,L), masks (N,K,L) bool -> (N,K,L). Where y_i is visible the value
     means nothing: callers must leave it out.
 
-    Each prompt is read once for all of its N/M completions, under the first P rows of
-    `staircase_mask`. Then one pass under the other rows reads [completion | K noisy copies]."""
+    Each prompt is read once for all of its N/M completions, under the prompt's part of
+    `staircase_mask` (P × P). Then one pass under the rows below reads [completion | K noisy
+    copies]."""
     (N, K, L), P = masks.shape, prompts.shape[1]
     mask = staircase_mask(P, L, block_size, K, prompts.device)  # (T, T), T = P + L + K·L
     positions = staircase_positions(P, L, K, prompts.device)  # (T,)
@@ -368,14 +370,13 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
          written. So this is also a mean over sets. When a random step begins, m tokens are hidden,
          with m uniform on 1..B. In a random order these can be any m tokens, all sets equally
          likely, and each token of a set is equally likely to be written next. So the mean in 2. is
-         a mean over m, and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with
-         probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
+         one over m and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with probability
+         1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it.
 
-    (BD3-LM hides each token with a probability t, uniform on (0, 1), and has the factor 1/t in place
-    of B/m. For a set of m tokens, probability times factor is then ∫ t^m·(1−t)^(B−m)/t dt =
-    1/(m·C(B,m)), which is what it is here: 1/B · 1/C(B,m) · B/m.)"""
+    (BD3-LM hides each token with a random probability t, and has 1/t in place of B/m. The mean is
+    the same.)"""
     log_p = token_log_probs(model, prompts, completions, block_size, masks)  # (N, K, L)
     log_p = log_p.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
     hidden = masks.unflatten(-1, (-1, block_size))  # (N, K, L/B, B)
@@ -389,18 +390,17 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 # different random masks. So in the README's example, where an estimate is −4.6, 0 or −9.2, ρ̂ may
 # be e^4.6 = 100 or e^9.2 = 10,000 though θ = θ_old and ρ = 1.
 #
-# At θ = θ_old, say log ρ̂ is normal, with mean 0 and standard deviation σ. Then ρ̂ has the mean
-# e^(σ²/2) in place of 1. On the base policies of addition σ is about 2 nats (K = 1), so ratios
-# would be e² = 7 times too large on average. Real noise has heavier tails, and the average is
-# larger still.
+# At θ = θ_old, say log ρ̂ is normal, with mean 0 and standard deviation σ. Then the mean of ρ̂ is
+# e^(σ²/2), not 1. On the base policies of addition σ is about 2 nats (K = 1), so ratios would be
+# e² = 7 times too large on average. Real noise has heavier tails, and the average is larger still.
 #
 # What lowers the noise?
 #   * More copies: σ falls as 1/√K. Coupled copies (`coupled_masks`) have less noise than
 #     independent ones.
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
-#     own, so the old policy scores the batch μ times, before the first update, while it is still
-#     at hand.
+#     own, so the old policy must score the batch with all of them, before the first update changes
+#     it.
 #   * Another ratio, along the order of writing: `trajectory`, below.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
@@ -444,7 +444,7 @@ def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
     k = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
     hidden = steps[:, None] >= k  # (N, B, L): copy k hides what was written at step k or later
     log_p = token_log_probs(model, prompts, completions, block_size, hidden)  # (N, B, L)
-    log_p = log_p.take_along_dim(steps[:, None], dim=1)  # (N, 1, L): of each token the copy `step`
+    log_p = log_p.take_along_dim(steps[:, None], dim=1)  # (N, 1, L), each from its step's copy
     return log_p.sum((-2, -1))
 
 
@@ -527,8 +527,8 @@ ESTIMATORS = {
 # Why not a ratio per token, as in a GPT? A term of log π̂ is the log-probability of a token given
 # what its mask leaves visible, times B/m. With fresh masks the terms of log π̂_θ and log π̂_old
 # belong to different tokens, or to one token while different things are visible. So there is no
-# ratio to take term by term; only the sums aim at one number, the ELBO. (With shared masks, or
-# along the trajectory, a ratio per token is possible.)
+# ratio to take term by term; only the sums estimate the same number, the ELBO. (With shared masks,
+# or along the trajectory, a ratio per token is possible.)
 
 
 def group_advantages(rewards, group_size):
@@ -539,7 +539,8 @@ def group_advantages(rewards, group_size):
 
     The mean of A·g estimates the gradient of the expected reward, with three reservations:
       * g belongs to the estimate: from `elbo` it is on average the gradient of a lower bound.
-      * The mean of the group contains the completion's own reward. This is a factor 1 − 1/G.
+      * The mean of the group contains the completion's own reward. On average this scales the
+        gradient by 1 − 1/G.
       * The division gives more weight to prompts that are nearly always or nearly never solved: the
         divisor is 0.33 if one of eight is right, and 0.5 if four are."""
     check_batch(group_size, rewards)
@@ -547,7 +548,7 @@ def group_advantages(rewards, group_size):
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
     centred = groups - groups.mean(-1, keepdim=True)
     deviation = groups.std(-1, correction=0, keepdim=True)  # divided by G, not G − 1
-    return (centred / (deviation + 1e-6)).flatten()  # the authors' release skips this division
+    return (centred / (deviation + 1e-6)).flatten()  # the release does not divide by the deviation
 
 
 def check_batch(group_size, *tensors):
@@ -561,9 +562,9 @@ def check_batch(group_size, *tensors):
 
 def safe_exp(log_ratio):
     """exp of log_ratio (N,), but where log_ratio is above 80, value and derivative are both e^80.
-    float32 ends at e^88, and an infinite ratio times an advantage of 0 would be NaN. (What is
-    subtracted is a constant. A clamp would make the gradient 0.) If the gradient of the parameters
-    overflows all the same, `one_batch` ends the run."""
+    float32 ends at e^88, and an infinite ratio times an advantage of 0 would be NaN. (The excess
+    over 80 is subtracted as a constant, so that the gradient flows; a clamp would make it 0.) If
+    the gradient of the parameters overflows all the same, `one_batch` ends the run."""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
 
@@ -574,8 +575,8 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
 
     ρ̂ = exp(log π̂_θ − log π̂_old) has the gradient ρ̂·g. Where the min is ρ̂·A, its gradient is
     ρ̂·A·g. Where the min is clip(ρ̂)·A, and the clip changes ρ̂, its gradient is 0. Say ε = 0.2 and
-    ρ̂ = 1,000. For A = 1 it is min(1000, 1.2), with gradient 0. For A = −1 it is min(−1000, −1.2),
-    with gradient −1000·g."""
+    ρ̂ = 1,000. For A = 1 the objective is min(1000, 1.2), with gradient 0. For A = −1 it is
+    min(−1000, −1.2), with gradient −1000·g."""
     check_batch(group_size, log_ratio, advantages)
     ratio = safe_exp(log_ratio)  # (N,)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # counts only where it lowers the objective
@@ -619,9 +620,9 @@ def clip_only_loss(log_ratio, advantages, clip_eps, group_size):
 # --loss: name -> (function(log_ratio, advantages, clip_eps, group_size) -> scalar, its default ε).
 LOSSES = {
     "grpo": (grpo_loss, 0.2),
-    "stabledrl": (stabledrl_loss, 5.0),  # the paper's; 1 is better here, see the README
+    "stabledrl": (stabledrl_loss, 5.0),  # the paper's ε; 1 is better here, see the README
     "clip_only": (clip_only_loss, 5.0),  # without line 2
-    "norm_only": (stabledrl_loss, 1e300),  # without line 1: nothing is clipped up to e^690
+    "norm_only": (stabledrl_loss, 1e300),  # without line 1: no ratio below e^690 is clipped
     "no_ratio": (stabledrl_loss, 0.0),  # every ratio is clipped to 1
 }
 
@@ -661,7 +662,7 @@ class Config:
     prompts: int = 32  # prompts per batch of completions
     group_size: int = 8  # G, completions per prompt
     mu: int = 2  # updates per batch of completions
-    max_grad_norm: float = 1.0  # the norm of the gradient is clipped to this; 1e9 means never
+    max_grad_norm: float = 1.0  # the norm of the gradient is clipped to this; 1e38 means never
     log_every: int = 40  # updates per line of the log, and per checkpoint: a multiple of mu
     updates: int = 600  # updates of a run, in all
     device: str = "cpu"  # or cuda, mps
@@ -724,7 +725,7 @@ def pretrain(config):
     task, B = TASKS[config.task], config.block_size
     model = new_model(config)
     optimizer = torch.optim.Adam(model.parameters(), config.base_lr)
-    rng = np.random.default_rng([config.seed, 0])  # RL: [seed, 1, updates done]
+    rng = np.random.default_rng([config.seed, 0])  # `one_batch` has [seed, 1, updates done]
     masking = stream(config, "pretrain")
     # One more round than updates, to evaluate the last one.
     bar = tqdm(range(2001), disable=None, bar_format="{desc}, {n} updates, {elapsed}")
@@ -756,14 +757,14 @@ def one_batch(config, model, optimizer, done, truths=None):
     """The algorithm: `done` updates have been made, and this makes the next μ. It returns the
     batch, its rewards (N,), a list of log ρ̂ (N,) for each update, and a list of the norms of the
     gradients before they are clipped. If a list `truths` is given, log π (N,) of the policy before
-    each update is appended to it. FloatingPointError if an update would not be finite; it is
-    not made."""
+    each update is appended to it. FloatingPointError in place of an update that would not
+    be finite."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(seed_for(config, f"yours {done}"))  # if your loss or estimator draws
+    torch.manual_seed(seed_for(config, f"yours {done}"))  # for a loss of your own that draws
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -839,8 +840,8 @@ def train(config, base_model, checkpoint=None):
       * spread: the standard deviation of log ρ̂ at the first update of a batch, mean over batches;
       * ratio_max: the maximum;
       * accuracy, writes, seconds (since this call): at the row's update;
-      * noise_std: the standard deviation of log ρ̂ − log ρ at that update, if B allows the exact ρ;
-      * drift: the mean of log π_old − log π_base over its batch, an estimate of KL(π_old‖π_base).
+      * noise_std: the standard deviation of log ρ̂ − log ρ at the row's update (B up to 6);
+      * drift: the mean of log π_old − log π_base in the row's batch, an estimate of their KL.
     `train` touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
@@ -892,7 +893,7 @@ REFUSED = (AssertionError, ValueError, OSError, RuntimeError, FloatingPointError
 SQUARE = {"loss": ["grpo", "stabledrl"], "estimator": ["elbo", "exact"]}  # if neither flag is given
 SETTINGS = [field.name for field in dataclasses.fields(Config)]
 BASE = SETTINGS[: SETTINGS.index("loss")]  # the settings of the base policy
-UNNAMED = ("seed", "estimator", "updates", "device")  # no setting=value in the name of a run
+UNNAMED = ("seed", "estimator", "updates", "device")  # never in a run's name as setting=value
 PANELS = {"reward": "reward", "ratio_max": "largest ratio", "grad_norm": "gradient norm"}
 COLOURS = "tab:red tab:orange tab:blue tab:cyan tab:green tab:purple tab:brown tab:pink gold black"
 CHOICES = {"task": TASKS, "loss": LOSSES, "estimator": ESTIMATORS, "masks": MASKS}
@@ -1088,7 +1089,7 @@ def parse(argv):
     parser.add_argument("--out", default="runs", help="folder for all files; default: runs")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with old runs")
     for field in dataclasses.fields(Config):
-        # --shared_masks needs no value: 1
+        # --shared_masks alone means --shared_masks 1
         kind, least = (int, "*") if field.type is bool else (field.type, "+")
         parser.add_argument(f"--{field.name}", type=kind, nargs=least, help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
