@@ -6,7 +6,7 @@ Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language 
 transformer that is shown a text with some tokens replaced by [MASK], and predicts them. It writes
 by filling in [MASK]s: block after block from left to right, and within a block in random order.
 
-How rewards train a model (if you know GRPO, look at the words in asterisks only). As a distribution
+How rewards train a model. (If you know GRPO, go on at "On a diffusion model".) As a distribution
 over completions, the model is a *policy* π_θ with parameters θ. It completes each prompt G times;
 these G completions are a *group*. A judge gives each completion a reward. Its *advantage* A is that
 reward minus the mean of its group, divided by the standard deviation of the group. A completion is
@@ -298,10 +298,9 @@ def staircase_positions(prompt_len, completion_len, copies=1, device=None):
 
 def staircase_mask(prompt_len, completion_len, block_size, copies=1, device=None):
     """(T,T) bool, True = the row may look at the column, for [prompt | clean completion | noisy
-    copy 1 | .. | noisy copy K], T = P + L + K·L. Source: the paper's staircase attention. Its three
-    parts (clean to clean, noisy to clean, noisy to its own block) are those of BD3-LM's mask
-    (Arriola et al. 2025), here with a prompt that is never noisy. Clean text, the prompt included,
-    is under the block-causal mask. For P = 4, L = 4, B = 2, K = 2:
+    copy 1 | .. | noisy copy K], T = P + L + K·L. Source: the paper's staircase attention, which is
+    BD3-LM's mask (Arriola et al. 2025) with a prompt that is never noisy. Clean text, the prompt
+    included, is under the block-causal mask. For P = 4, L = 4, B = 2, K = 2:
                   prompt    clean     copy 1    copy 2
         prompt    # # . .   . . . .   . . . .   . . . .
                   # # . .   . . . .   . . . .   . . . .
@@ -424,9 +423,8 @@ def mean_field(model, prompts, completions, block_size, masks=None, steps=None):
     """The log-probability (N,) that the completion would have if each block were written in one
     step, its tokens independent of each other. It has no noise, but a bias: if the policy writes
     46 or 64, each half of the time, this gives 1/4 to each of 46, 64, 44 and 66, though the last
-    two are never written. GRPO learns with it on addition (see .github/results/README.md). d1 (Zhao
-    et al., arXiv 2504.12216) does this, and hides random tokens of the prompt as well, the same
-    ones for both estimates of a ratio."""
+    two are never written. GRPO learns with it on addition (see .github/results/README.md). (d1,
+    Zhao et al., arXiv 2504.12216, does this with a partly hidden prompt.)"""
     everything = torch.ones_like(completions, dtype=torch.bool)[:, None]  # (N, 1, L)
     return token_log_probs(model, prompts, completions, block_size, everything).sum((-2, -1))
 
