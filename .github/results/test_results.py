@@ -343,7 +343,7 @@ def test_gradient_norms_are_those_of_each_completion():
 
 
 def test_your_own_loss_is_run_and_shown_beside_the_kept_ones(tmp_path, monkeypatch, capsys):
-    """The page's example, and a loss with a name that is taken. Runs are made up: 3 times the base."""
+    """README's example, and a loss with a name that is taken. Runs are made up: 3 times the base."""
     asked = []
 
     def make_lines(out, resume, configs):
@@ -351,23 +351,23 @@ def test_your_own_loss_is_run_and_shown_beside_the_kept_ones(tmp_path, monkeypat
         line = {"failed": False, "base": 0.2} | dict.fromkeys(experiments.COLUMNS, [0.6] * 3)
         return [line | {"run": S.run_name(config)} for config in configs]
 
-    (example,) = re.findall("```python\n(.*?)```", PAGE, re.DOTALL)
-    (tmp_path / "mine.py").write_text(example + '\nS.LOSSES["vespo"] = S.LOSSES["mine"]\n')
+    (example,) = re.findall("```python\n(import.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.py").write_text(example + '\nS.LOSSES["vespo"] = S.LOSSES["good_only"]\n')
     monkeypatch.setattr(measure, "make_lines", make_lines)
     flags = ["--seed", "3", "4", "--updates", "120", "--out", str(tmp_path)]
     measure.main(["--loss", str(tmp_path / "mine.py"), *flags])
     printed = capsys.readouterr().out
     assert len(asked) == 2 * len(NOISES) * 2
     assert {(config.loss, config.seed, config.updates) for config in asked} == {
-        (loss, seed, 120) for loss in ("mine", "my_vespo") for seed in (3, 4)
+        (loss, seed, 120) for loss in ("good_only", "my_vespo") for seed in (3, 4)
     }
     assert "has a vespo of its own: it is run as my_vespo" in printed
-    assert "| mine | 3.00 ± 0.00 |" in printed and "| my_vespo | 3.00 ± 0.00 |" in printed
+    assert "| good_only | 3.00 ± 0.00 |" in printed and "| my_vespo | 3.00 ± 0.00 |" in printed
     lines = [experiments.read_lines("epyc")[f"addition-vespo-exact-seed={i}"] for i in range(3)]
     times = [line["reward"][2] / line["base"] for line in lines]  # at 120 updates, as yours
     assert f"| VESPO | {statistics.mean(times):.2f} ± " in printed
     if importlib.util.find_spec("matplotlib"):
-        assert "<!-- mine -->" in (tmp_path / "tunnel.svg").read_text("utf-8")
+        assert "<!-- good_only -->" in (tmp_path / "tunnel.svg").read_text("utf-8")
 
 
 FACTS = [  # the sentences of README that have results or two decimals in them, as page.md has them
