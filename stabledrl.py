@@ -6,7 +6,7 @@ Source: Zhong et al., Stabilizing Reinforcement Learning for Diffusion Language 
 transformer that is shown a text with some tokens replaced by [MASK], and predicts them. It writes
 by filling in [MASK]s: block after block from left to right, and within a block in random order.
 
-How rewards train a model. (If you know GRPO, go on at "On a diffusion model".) As a distribution
+How rewards train a model. (If you know GRPO, skip to "On a diffusion model".) As a distribution
 over completions, the model is a *policy* π_θ with parameters θ. It completes each prompt G times;
 these G completions are a *group*. A judge gives each completion a reward. Its *advantage* A is that
 reward minus the mean of its group, divided by the standard deviation of the group. A completion is
@@ -113,8 +113,8 @@ class Layer(nn.Module):
 
     def forward(self, x, rotation, mask, cache):
         """x (N,S,d_model), mask (S,T), cache (2,N,H,T−S,D) or None -> (N,S,d_model), and the keys
-        and values of all T tokens, the new cache (2,N,H,T,D). The cache may also be
-        that of M prompts (2,M,H,T−S,D): each is then repeated for its N/M completions."""
+        and values of all T tokens, the new cache (2,N,H,T,D). The cache may also be of M prompts
+        (2,M,H,T−S,D); each entry is then repeated for the N/M completions of its prompt."""
         qkv = self.qkv(self.norm1(x))  # (N, S, 3·d_model)
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (N, S, 3, H, D)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, S, D)
@@ -203,9 +203,8 @@ def check_lengths(block_size, *lengths):
 #
 # For B = 2, brackets show what each `read` reads; the text before them is cached. _ is [MASK].
 #     [12+34=]     12+34=[__]  12+34=[4_]  12+34=[46]     12+34=46[__]  12+34=46[_.]
-# The first and the fourth only fill the cache: a block is cached when it is finished, since until
-# then each new token changes the keys and values of the block. (The last block is not: nothing
-# follows it.)
+# Reads 1 and 4 only fill the cache: a block is cached when it is finished, since until then each new
+# token changes the keys and values of the block. (The last block is not: nothing follows it.)
 
 
 @torch.no_grad()
@@ -247,7 +246,7 @@ def generate(
         for step in range(B):
             logits, _ = model.read(block, block_positions, block_mask, cache)  # (N, B, vocab)
             priority = uniform if order == "random" else logits.softmax(-1).amax(-1)  # (N, B)
-            priority = priority.masked_fill(block != model.mask_id, -1)  # written places last
+            priority = priority.masked_fill(block != model.mask_id, -1)  # written: never chosen
             place = priority.argmax(-1, keepdim=True)  # (N, 1)
             logits = logits.take_along_dim(place[:, :, None], dim=1)  # (N, 1, vocab)
             logits = logits[:, 0]  # (N, vocab)
@@ -338,8 +337,8 @@ def token_log_probs(model, prompts, completions, block_size, masks):
     means nothing: callers must leave it out.
 
     Each prompt is read once for all of its N/M completions, under the prompt's part of
-    `staircase_mask` (P × P). Then one pass under the rows below reads [completion | K noisy
-    copies]."""
+    `staircase_mask` (P × P). Then one pass reads [completion | K noisy copies], under the
+    remaining rows of that mask."""
     (N, K, L), P = masks.shape, prompts.shape[1]
     mask = staircase_mask(P, L, block_size, K, prompts.device)  # (T, T), T = P + L + K·L
     positions = staircase_positions(P, L, K, prompts.device)  # (T,)
@@ -368,9 +367,9 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
       3. A prediction depends on which tokens are visible, not on the order in which they were
          written. So this is also a mean over sets. When a random step begins, m tokens are hidden,
          with m uniform on 1..B. In a random order these can be any m tokens, all sets equally
-         likely, and each token of a set is equally likely to be written next. So the mean in 2. is
-         one over m and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2: with probability
-         1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
+         likely, and each token of a set is equally likely to be written next. So the mean in 2.
+         equals the mean, over m and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2:
+         with probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it.
 
@@ -400,7 +399,7 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
 #     own, so the old policy must score the batch with all of them, before the first update changes
 #     it.
-#   * Another ratio, along the order of writing: `trajectory`, below.
+#   * Another ratio, that of text and order of writing together: `trajectory`, below.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
 #     over the sets gives log π.
@@ -442,7 +441,7 @@ def trajectory(model, prompts, completions, block_size, masks=None, steps=None):
     k = torch.arange(block_size, device=steps.device)[:, None]  # (B, 1)
     hidden = steps[:, None] >= k  # (N, B, L): copy k hides what was written at step k or later
     log_p = token_log_probs(model, prompts, completions, block_size, hidden)  # (N, B, L)
-    log_p = log_p.take_along_dim(steps[:, None], dim=1)  # (N, 1, L), each from its step's copy
+    log_p = log_p.take_along_dim(steps[:, None], dim=1)  # (N, 1, L): token i from copy steps[i]
     return log_p.sum((-2, -1))
 
 
@@ -469,8 +468,8 @@ def every_pattern(model, prompts, completions, block_size):
 def exact_elbo(model, prompts, completions, block_size, masks=None, steps=None):
     """The mean of `elbo` over all masks that `sample_masks` may draw -> (N,): no noise."""
     patterns, log_p = every_pattern(model, prompts, completions, block_size)
-    # A pattern with m hidden tokens has the probability 1/B · 1/C(B,m), and in the ELBO its tokens
-    # have the factor B/m. In the product B cancels.
+    # A pattern with m hidden tokens has the probability 1/(B·C(B,m)), and in the ELBO its tokens
+    # have the factor B/m. The product is 1/(m·C(B,m)).
     of_pattern = [1 / (math.comb(block_size, m) * m) for m in patterns.sum(-1).tolist()]
     weights = log_p.new_tensor(of_pattern)[:, None] * patterns  # (2^B−1, B), 0 at visible tokens
     return (weights[:, None] * log_p).sum((1, 2, 3))  # (2^B−1, 1, B) · (N, 2^B−1, L/B, B)
@@ -478,10 +477,10 @@ def exact_elbo(model, prompts, completions, block_size, masks=None, steps=None):
 
 def exact_log_likelihood(model, prompts, completions, block_size, masks=None, steps=None):
     """log π(completion | prompt) in nats (N,), if `generate` writes with order="random" and
-    temperature=1. Per block, reach[h] is the probability that the sampler gets to the state in
-    which exactly the set h is hidden, and all other tokens are the completion's. Writing makes the
-    set smaller: to reach h, the sampler was at h∪{i} for some i, chose the place i with probability
-    1/|h∪{i}|, and wrote y_i there. So
+    temperature=1. Per block, reach[h] is the probability that at some moment exactly the set h is
+    hidden, and all tokens written so far are the completion's. Writing makes the set smaller: to
+    reach h, the sampler was at h∪{i} for some i, chose the place i with probability 1/|h∪{i}|, and
+    wrote y_i there. So
         reach[h] = Σ_{i not in h} reach[h∪{i}] / |h∪{i}| · p(y_i while h∪{i} is hidden)
     For B = 2 and a block ab:
         reach[{a,b}] = 1,   reach[{b}] = ½ p(a),   reach[{a}] = ½ p(b),
@@ -515,9 +514,8 @@ ESTIMATORS = {
 
 # ==== §5  Losses ==================================================================================
 # What do GRPO and StableDRL do with the estimate? Let g be the gradient of log π̂_θ(y) with respect
-# to θ. All losses here have the gradient −Σ weight·A·g/divisor over the N completions, where the
-# divisor may differ from group to group. The README has the weights, and the docstrings below
-# derive them.
+# to θ. Each loss has the gradient −Σ weight·A·g / divisor; they differ in the weight of a completion
+# and in the divisor of the sum. README's table has the weights; the docstrings below derive them.
 #
 # Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there: in
 # GRPO because Σ A = 0, in StableDRL because log ρ̂ = 0. That is no bug. Only the gradient is used.
@@ -546,7 +544,7 @@ def group_advantages(rewards, group_size):
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
     centred = groups - groups.mean(-1, keepdim=True)
     deviation = groups.std(-1, correction=0, keepdim=True)  # divided by G, not G − 1
-    return (centred / (deviation + 1e-6)).flatten()  # the release does not divide by the deviation
+    return (centred / (deviation + 1e-6)).flatten()  # the release only centres
 
 
 def check_batch(group_size, *tensors):
@@ -559,10 +557,10 @@ def check_batch(group_size, *tensors):
 
 
 def safe_exp(log_ratio):
-    """exp of log_ratio (N,), but where log_ratio is above 80, value and derivative are both e^80.
-    float32 ends at e^88, and an infinite ratio times an advantage of 0 would be NaN. (The excess
-    over 80 is subtracted as a constant, so that the gradient flows; a clamp would make it 0.) If
-    the gradient of the parameters overflows all the same, `one_batch` ends the run."""
+    """exp of log_ratio (N,), continued above 80 with the constant value and slope e^80: the excess
+    is subtracted as a constant. (float32 ends at e^88, and an infinite ratio times an advantage of
+    0 would be NaN. A clamp would make the slope 0.) If the gradient of the parameters overflows all
+    the same, `one_batch` ends the run."""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
 
@@ -707,7 +705,7 @@ def answer(model, task, texts, block_size, **options):
 def evaluate(model, task, block_size, count=500):
     """`count` held-out prompts, always the same, completed greedily, most confident place first ->
     dict. accuracy: the share that is right; writes: the first three, as text."""
-    texts, _ = task.sample(np.random.default_rng(0), count, "test")  # _: right completions
+    texts, _ = task.sample(np.random.default_rng(0), count, "test")  # _: right completions, unused
     batch, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
     right = (rewards == 1).tolist()  # a task may give less for what is partly right
     writes = []
@@ -754,15 +752,14 @@ def true_log_prob(model, **batch):
 def one_batch(config, model, optimizer, done, truths=None):
     """The algorithm: `done` updates have been made, and this makes the next μ. It returns the
     batch, its rewards (N,), a list of log ρ̂ (N,) for each update, and a list of the norms of the
-    gradients before they are clipped. If a list `truths` is given, log π (N,) of the policy before
-    each update is appended to it. FloatingPointError in place of an update that would not
-    be finite."""
+    gradients before they are clipped. `truths`: a list to which log π (N,) before each
+    update is appended, for the log. FloatingPointError in place of an update that is not finite."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(seed_for(config, f"yours {done}"))  # for a loss of your own that draws
+    torch.manual_seed(seed_for(config, f"yours {done}"))  # for a loss of yours that draws
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -869,7 +866,7 @@ def train(config, base_model, checkpoint=None):
                 row[name] = sum(numbers) / len(numbers)
             row["ratio_max"] = max(recent["ratio_max"])
             if truths:
-                # log ρ̂ − log ρ, both before the last step; truths[0] is log π_old
+                # log ρ̂ − log ρ at the batch's last update; truths[0] is log π_old
                 noise = log_ratios[-1] - (truths[-1] - truths[0])
                 drift = truths[0] - true_log_prob(base_model, **batch)
                 row["noise_std"] = noise.std(correction=0).item()
@@ -1114,7 +1111,7 @@ def table(policies):
     run that failed counts as 0."""
     width = max(map(len, ["base policy", *policies]))
     head = f"{'':{width}}  {'reward':15} {'accuracy':15} {'x base':13} examples"
-    behind = {}  # line of a base policy -> lines of the policies that began from it
+    behind = {}  # base policy's line -> lines of its runs
     for label, seeds in policies.items():
         bases, ends = [rows[0] for rows, _ in seeds], []
         for rows, failed in seeds:
