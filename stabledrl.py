@@ -203,8 +203,8 @@ def check_lengths(block_size, *lengths):
 #
 # For B = 2, brackets show what each `read` reads; the text before them is cached. _ is [MASK].
 #     [12+34=]     12+34=[__]  12+34=[4_]  12+34=[46]     12+34=46[__]  12+34=46[_.]
-# Reads 1 and 4 only fill the cache: a block is cached when it is finished, since until then each new
-# token changes the keys and values of the block. (The last block is not: nothing follows it.)
+# Reads 1 and 4 only fill the cache: a block is cached when it is finished, since until then each
+# new token changes the keys and values of the block. (The last block is not: nothing follows it.)
 
 
 @torch.no_grad()
@@ -514,8 +514,9 @@ ESTIMATORS = {
 
 # ==== §5  Losses ==================================================================================
 # What do GRPO and StableDRL do with the estimate? Let g be the gradient of log π̂_θ(y) with respect
-# to θ. Each loss has the gradient −Σ weight·A·g / divisor; they differ in the weight of a completion
-# and in the divisor of the sum. README's table has the weights; the docstrings below derive them.
+# to θ. Each loss has the gradient −Σ weight·A·g / divisor; they differ in the weight of a
+# completion and in the divisor of the sum. README's table has the weights; the docstrings below
+# derive them.
 #
 # Where every ρ̂ is 1 all losses agree: their gradient is −mean A·g. Their *value* is 0 there: in
 # GRPO because Σ A = 0, in StableDRL because log ρ̂ = 0. That is no bug. Only the gradient is used.
