@@ -373,8 +373,8 @@ def test_your_own_loss_is_run_and_shown_beside_the_kept_ones(tmp_path, monkeypat
 FACTS = [  # the sentences of README that have results or two decimals in them, as page.md has them
     "the probability 0.01, whatever is visible. The log of 0.01 is −4.6",
     "and GRPO ends at {{pm(of('shared', 'GRPO', 'μ = 2: per update'))}}.",
-    "Under GRPO bad completions have {{share('GRPO', 'all bad completions')}} of the sum, "
-    "and a single one of the 256 has {{share('GRPO', 'the heaviest of 256')}} (medians",
+    "Under GRPO bad completions account for {{share('GRPO', 'all bad completions')}} of the "
+    "sum, and a single one of the 256 for {{share('GRPO', 'the heaviest of 256')}} (medians",
 ]
 
 
