@@ -503,7 +503,8 @@ def exact_log_likelihood(model, prompts, completions, block_size, masks=None, st
 # --masks: name -> function(num_seqs, copies, completion_len, block_size, generator) -> (N,K,L).
 MASKS = {"independent": sample_masks, "coupled": coupled_masks}
 
-# --estimator: name -> function(model, prompts, completions, block_size, masks, steps) -> (N,).
+# --estimator: name -> function(model, prompts, completions, block_size, masks, steps) -> (N,). The
+# arguments are given by name. (Masks that a function draws for itself cannot be shared.)
 ESTIMATORS = {
     "elbo": elbo,
     "trajectory": trajectory,
@@ -760,7 +761,7 @@ def one_batch(config, model, optimizer, done, truths=None):
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(seed_for(config, f"yours {done}"))  # for a loss of yours that draws
+    torch.manual_seed(seed_for(config, f"yours {done}"))  # for your loss or estimator
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -786,6 +787,8 @@ def one_batch(config, model, optimizer, done, truths=None):
         log_ratio = log_prob - old_log_prob  # log ρ̂
         check_batch(G, advantages, log_ratio)
         loss = loss_function(log_ratio, advantages, config.clip_eps, G)
+        is_loss = loss.shape == () and loss.requires_grad
+        assert is_loss, f"the loss {config.loss} must be a scalar that depends on log_ratio"
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -998,6 +1001,13 @@ def trial(out, resume, config):
         f"{folder} exists: --resume, or another --out if the code changed"
     )
     load_start(out, config)
+    task = TASKS[config.task]
+    for prompt, completion in zip(*task.sample(np.random.default_rng(0), 8, "train")):
+        lengths = (len(prompt), len(completion)) == (task.prompt_len, task.completion_len)
+        right = lengths and task.reward(prompt, completion) == 1
+        assert right, (
+            f"task {task.name}: {prompt!r} {completion!r} has another length or no reward 1"
+        )
     small = dataclasses.replace(config, prompts=2, log_every=config.mu, updates=config.mu)
     model = new_model(config)
     start = {"model": model.state_dict(), "optimizer": None, "rows": [{"update": 0}]}

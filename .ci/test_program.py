@@ -401,8 +401,8 @@ def per_token(model, prompts, completions, block_size, masks, steps):
 
 
 OWN = [
-    ("loss", (no_scalar, 1.0), "only for scalar outputs"),
-    ("loss", (no_gradient, 1.0), "does not require grad"),
+    ("loss", (no_scalar, 1.0), "the loss mine must be a scalar that depends on log_ratio"),
+    ("loss", (no_gradient, 1.0), "the loss mine must be a scalar that depends on log_ratio"),
     (
         "loss",
         (wrong_shape, 1.0),
@@ -423,6 +423,17 @@ def test_what_you_register_is_tried_before_any_work(
     monkeypatch.setitem(S.CHOICES[flag], "mine", mine)
     flags = f"{FLAGS} --group_size 8 --{flag} {usual} mine --out {tmp_path / 'runs'}"
     assert says in refused(flags.split(), capsys, monkeypatch)
+    assert not list(tmp_path.iterdir())
+
+
+WRONG = {"reward": lambda prompt, completion: 0.5, "prompt_len": 8, "completion_len": 6}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_task_whose_own_completions_are_not_right_is_refused(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(TASKS["addition"], name, WRONG[name])
+    says = "has another length or no reward 1"
+    assert says in refused(f"{FLAGS} --out {tmp_path / 'runs'}".split(), capsys, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
