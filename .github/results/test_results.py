@@ -375,6 +375,13 @@ FACTS = [  # the sentences of README that have results or two decimals in them, 
     "and GRPO ends at {{pm(of('shared', 'GRPO', 'μ = 2: per update'))}}.",
     "Under GRPO bad completions account for {{share('GRPO', 'all bad completions')}} of the "
     "sum, and a single one of the 256 for {{share('GRPO', 'the heaviest of 256')}} (medians",
+    "Under StableDRL the shares are {{share('StableDRL', 'all bad completions')}} and "
+    "{{share('StableDRL', 'the heaviest of 256')}}; if every ratio were 1 they would be "
+    "{{share('every ratio 1', 'all bad completions')}} and "
+    "{{share('every ratio 1', 'the heaviest of 256')}} (grey).",
+    "by {{ahead(of('shared', 'StableDRL, ε = 1', 'μ = 8: anew'), "
+    "of('two_by_two', 'all completions', 'μ = 8: no ratio'))}} (95 % interval",
+    "of four tokens σ is then {{noise_at_start(kept_of('release')[0]['GRPO', 'μ = 2'])}}, and GRPO",
 ]
 
 
