@@ -379,8 +379,9 @@ FACTS = [  # the sentences of README that have results or two decimals in them, 
     "{{share('StableDRL', 'the heaviest of 256')}}; if every ratio were 1 they would be "
     "{{share('every ratio 1', 'all bad completions')}} and "
     "{{share('every ratio 1', 'the heaviest of 256')}} (grey).",
-    "by {{ahead(of('shared', 'StableDRL, ε = 1', 'μ = 8: anew'), "
-    "of('two_by_two', 'all completions', 'μ = 8: no ratio'))}} (95 % interval",
+    "({{ahead(of('shared', 'StableDRL, ε = 1', 'μ = 8: anew'), "
+    "of('two_by_two', 'all completions', 'μ = 8: no ratio'))}}, the paired difference",
+    "such as {{av(of('two_by_two', 'all completions', 'μ = 8: no ratio'))}} for no ratio at μ = 8.",
     "of four tokens σ is then {{noise_at_start(kept_of('release')[0]['GRPO', 'μ = 2'])}}, and GRPO",
 ]
 
