@@ -381,7 +381,6 @@ FACTS = [  # the sentences of README that have results or two decimals in them, 
     "{{share('every ratio 1', 'the heaviest of 256')}} (grey).",
     "({{ahead(of('shared', 'StableDRL, ε = 1', 'μ = 8: anew'), "
     "of('two_by_two', 'all completions', 'μ = 8: no ratio'))}}, the paired difference",
-    "such as {{av(of('two_by_two', 'all completions', 'μ = 8: no ratio'))}} for no ratio at μ = 8.",
     "of four tokens σ is then {{noise_at_start(kept_of('release')[0]['GRPO', 'μ = 2'])}}, and GRPO",
 ]
 
