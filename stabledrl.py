@@ -367,9 +367,9 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
       3. A prediction depends on which tokens are visible, not on the order in which they were
          written. So this is also a mean over sets. When a random step begins, m tokens are hidden,
          with m uniform on 1..B. In a random order these can be any m tokens, all sets equally
-         likely, and each token of a set is equally likely to be written next. So the mean in 2.
-         equals the mean, over m and over sets of m tokens, of (1/m)·Σ_hidden log p. (For B = 2:
-         with probability 1/2 both are hidden, with 1/4 the first alone, with 1/4 the second alone.)
+         likely, and each token of a set is equally likely to be written next. So the mean of
+         step 2 equals the mean, over m and over sets of m tokens, of (1/m)·Σ_hidden log p. (For
+         B = 2 both are hidden with probability 1/2, the first or the second alone with 1/4 each.)
     B times this mean is the *evidence lower bound* of the block, ELBO ≤ log π. A random mask gives
     an unbiased estimate of it.
 
@@ -397,8 +397,7 @@ def elbo(model, prompts, completions, block_size, masks, steps=None):
 #     independent ones.
 #   * Shared masks (--shared_masks): old and new estimate use the same masks. Where θ = θ_old the
 #     ratio is then exactly 1, and later most of the error cancels. Each update has masks of its
-#     own, so the old policy must score the batch with all of them, before the first update changes
-#     it.
+#     own, so the old policy must score the batch with all of them, before the first update.
 #   * Another ratio, that of text and order of writing together: `trajectory`, below.
 #   * The exact likelihood. A block has 2^B − 1 sets of tokens that can be hidden, 3 for B = 2. With
 #     a noisy copy for each, a weighted sum of the log p is the ELBO without noise, and a recursion
@@ -504,7 +503,7 @@ def exact_log_likelihood(model, prompts, completions, block_size, masks=None, st
 MASKS = {"independent": sample_masks, "coupled": coupled_masks}
 
 # --estimator: name -> function(model, prompts, completions, block_size, masks, steps) -> (N,). The
-# arguments are given by name. (Masks that a function draws for itself cannot be shared.)
+# arguments are given by name. (--shared_masks shares `masks`, and none that a function draws.)
 ESTIMATORS = {
     "elbo": elbo,
     "trajectory": trajectory,
@@ -546,7 +545,7 @@ def group_advantages(rewards, group_size):
     groups = groups - groups[:, :1]  # so that equal rewards give 0, not a rounding error
     centred = groups - groups.mean(-1, keepdim=True)
     deviation = groups.std(-1, correction=0, keepdim=True)  # divided by G, not G − 1
-    return (centred / (deviation + 1e-6)).flatten()  # the release only centres
+    return (centred / (deviation + 1e-6)).flatten()  # the authors' code only centres
 
 
 def check_batch(group_size, *tensors):
@@ -559,9 +558,9 @@ def check_batch(group_size, *tensors):
 
 
 def safe_exp(log_ratio):
-    """exp of log_ratio (N,), continued above 80 with the constant value and slope e^80: the excess
-    is subtracted as a constant. (float32 ends at e^88, and an infinite ratio times an advantage of
-    0 would be NaN. A clamp would make the slope 0.) If the gradient of the parameters overflows all
+    """exp of log_ratio (N,). Above 80 the value stays e^80, and so does the slope: the excess is
+    subtracted as a constant. (float32 ends at e^88, and an infinite ratio times an advantage of 0
+    would be NaN. A clamp would make the slope 0.) If the gradient of the parameters overflows all
     the same, `one_batch` ends the run."""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
@@ -579,7 +578,7 @@ def grpo_loss(log_ratio, advantages, clip_eps, group_size=1):
     ratio = safe_exp(log_ratio)  # (N,)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # counts only where it lowers the objective
     per_sequence = torch.minimum(ratio * advantages, clipped * advantages)
-    return -(per_sequence / len(per_sequence)).sum()  # the mean; divided first, it cannot overflow
+    return -(per_sequence / len(per_sequence)).sum()  # a mean whose sum cannot overflow
 
 
 def stabledrl_loss(log_ratio, advantages, clip_eps, group_size):
@@ -644,8 +643,8 @@ class Config:
     seed: int = 0  # every seed has a base policy and random numbers of its own
     block_size: int = None  # B, tokens per block; None: the task's own
     d_model: int = 64  # width of the transformer
-    n_layer: int = 2  # its layers
-    n_head: int = 4  # its attention heads per layer
+    n_layer: int = 2  # number of layers
+    n_head: int = 4  # attention heads per layer
     base_accuracy: float = 0.4  # pretraining stops at this accuracy, so that RL has work left
     base_lr: float = 1e-3  # learning rate of pretraining; larger models need a smaller one
     # Reinforcement learning.
@@ -706,7 +705,8 @@ def answer(model, task, texts, block_size, **options):
 
 def evaluate(model, task, block_size, count=500):
     """`count` held-out prompts, always the same, completed greedily, most confident place first ->
-    dict. accuracy: the share that is right; writes: the first three, as text."""
+    dict. accuracy: the share that is right; writes: the first three prompts with their completions,
+    as text."""
     texts, _ = task.sample(np.random.default_rng(0), count, "test")  # _: right completions, unused
     batch, rewards = answer(model, task, texts, block_size, temperature=0, order="confidence")
     right = (rewards == 1).tolist()  # a task may give less for what is partly right
@@ -754,14 +754,15 @@ def true_log_prob(model, **batch):
 def one_batch(config, model, optimizer, done, truths=None):
     """The algorithm: `done` updates have been made, and this makes the next μ. It returns the
     batch, its rewards (N,), a list of log ρ̂ (N,) for each update, and a list of the norms of the
-    gradients before they are clipped. `truths`: a list to which log π (N,) before each
-    update is appended, for the log. FloatingPointError in place of an update that is not finite."""
+    gradients before they are clipped. `truths`: a list to which the exact log π (N,) is
+    appended before each update, for the log. FloatingPointError in place of an update that is not
+    finite."""
     task, B, G = TASKS[config.task], config.block_size, config.group_size
     estimate, draw_masks = ESTIMATORS[config.estimator], MASKS[config.masks]
     loss_function, _ = LOSSES[config.loss]
     mask_shape = (config.prompts * G, config.copies, task.completion_len)  # (N, K, L)
     masking = stream(config, f"masks {done}")
-    torch.manual_seed(seed_for(config, f"yours {done}"))  # for your loss or estimator
+    torch.manual_seed(seed_for(config, f"yours {done}"))  # for a loss of yours that draws
 
     # (1) The old policy completes each prompt G times, and the task judges.
     texts, _ = task.sample(np.random.default_rng([config.seed, 1, done]), config.prompts, "train")
@@ -834,13 +835,14 @@ def first_checkpoint(config, base_model):
 def train(config, base_model, checkpoint=None):
     """RL from the base policy, or from a checkpoint onwards. Whenever a row of the log is due it
     yields a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far.
-    A row has its `update`, the `reward` of the sampled completions, and what `evaluate` and
-    `ratio_diagnostics` find: means over all updates since the row before, except
+    A row has its `update`, and since the row before the means of `reward`, `grad_norm` (before it
+    is clipped), `clip_fraction` and `ess` (see `ratio_diagnostics`). It also has
+      * ratio_max: the largest ρ̂ since the row before;
       * spread: the standard deviation of log ρ̂ at the first update of a batch, mean over batches;
-      * ratio_max: the maximum;
       * accuracy, writes, seconds (since this call): at the row's update;
-      * noise_std: the standard deviation of log ρ̂ − log ρ at the row's update (B up to 6);
-      * drift: the mean of log π_old − log π_base in the row's batch, an estimate of their KL.
+      * noise_std, for B up to 6: the standard deviation of log ρ̂ − log ρ at the row's update;
+      * drift, for B up to 6: the mean of log π_old − log π_base in the row's batch, an estimate of
+        their KL.
     `train` touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)
