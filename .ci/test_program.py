@@ -426,12 +426,19 @@ def test_what_you_register_is_tried_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-WRONG = {"reward": lambda prompt, completion: 0.5, "prompt_len": 8, "completion_len": 6}
+WRONG = [
+    {"reward": lambda prompt, completion: 0.5},
+    {"prompt_len": 8},
+    {"completion_len": 6, "reward": lambda prompt, completion: 1.0},
+]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_task_whose_own_completions_are_not_right_is_refused(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(TASKS["addition"], name, WRONG[name])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_task_whose_own_completions_are_not_right_is_refused(
+    wrong, tmp_path, monkeypatch, capsys
+):
+    for name, value in wrong.items():
+        monkeypatch.setattr(TASKS["addition"], name, value)
     says = "has another length or no reward 1"
     assert says in refused(f"{FLAGS} --out {tmp_path / 'runs'}".split(), capsys, monkeypatch)
     assert not list(tmp_path.iterdir())
