@@ -429,7 +429,7 @@ def test_what_you_register_is_tried_before_any_work(
 WRONG = [
     {"reward": lambda prompt, completion: 0.5},
     {"prompt_len": 8},
-    {"completion_len": 6, "reward": lambda prompt, completion: 1.0},
+    {"sample": lambda rng, n, split: (["12+34="] * n, ["46"] * n), "reward": lambda *texts: 1.0},
 ]
 
 
