@@ -15,8 +15,8 @@ number that does not depend on the completion may be subtracted from the reward,
 is 0. So gradient ascent on Σ A·log π_θ(completion) raises the expected reward. This is REINFORCE.
 (There are three reservations: see `group_advantages` in §5.)
 
-That holds for completions which π_θ itself wrote. After one optimiser step (an *update*) the policy
-that wrote them, π_old, is another one. To use them for μ updates, PPO and GRPO weight them by the
+That holds for completions which π_θ itself wrote. After one optimiser step (an *update*) π_θ is no
+longer the policy that wrote them, π_old. To use them for μ updates, PPO and GRPO weight them by the
 *importance ratio* ρ = π_θ/π_old: for any f, E_old[ρ·f] = E_θ[f]. So E_old[ρ·A·∇log π_θ] is the
 gradient of the expected reward again. It is also the gradient of E_old[ρ·A], since ∇ρ = ρ·∇log π_θ.
 
@@ -558,7 +558,7 @@ def check_batch(group_size, *tensors):
 
 
 def safe_exp(log_ratio):
-    """exp of log_ratio (N,). Above 80 the value stays e^80, and so does the slope: the excess is
+    """exp of log_ratio (N,). Above 80 both value and slope are e^80: the excess is
     subtracted as a constant. (float32 ends at e^88, and an infinite ratio times an advantage of 0
     would be NaN. A clamp would make the slope 0.) If the gradient of the parameters overflows all
     the same, `one_batch` ends the run."""
@@ -835,8 +835,9 @@ def first_checkpoint(config, base_model):
 def train(config, base_model, checkpoint=None):
     """RL from the base policy, or from a checkpoint onwards. Whenever a row of the log is due it
     yields a checkpoint: a dict of `model` and `optimizer` (states), and all `rows` (dicts) so far.
-    A row has its `update`, and since the row before the means of `reward`, `grad_norm` (before it
-    is clipped), `clip_fraction` and `ess` (see `ratio_diagnostics`). It also has
+    A row has its `update`, and the means, over all updates since the row before, of `reward`,
+    `grad_norm` (before it is clipped), `clip_fraction` and `ess` (see `ratio_diagnostics`). It
+    also has
       * ratio_max: the largest ρ̂ since the row before;
       * spread: the standard deviation of log ρ̂ at the first update of a batch, mean over batches;
       * accuracy, writes, seconds (since this call): at the row's update;
