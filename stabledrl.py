@@ -558,10 +558,10 @@ def check_batch(group_size, *tensors):
 
 
 def safe_exp(log_ratio):
-    """exp of log_ratio (N,). Above 80 both value and slope are e^80: the excess is
-    subtracted as a constant. (float32 ends at e^88, and an infinite ratio times an advantage of 0
-    would be NaN. A clamp would make the slope 0.) If the gradient of the parameters overflows all
-    the same, `one_batch` ends the run."""
+    """exp of log_ratio (N,). Above 80 both value and slope are e^80: the excess is subtracted as
+    a constant. (float32 ends at e^88, and an infinite ratio times an advantage of 0 would be NaN. A
+    clamp would make the slope 0.) If the gradient of the parameters overflows all the same,
+    `one_batch` ends the run."""
     overflow = (log_ratio - 80).clamp(min=0).detach()
     return (log_ratio - overflow).exp()
 
@@ -838,12 +838,12 @@ def train(config, base_model, checkpoint=None):
     A row has its `update`, and the means, over all updates since the row before, of `reward`,
     `grad_norm` (before it is clipped), `clip_fraction` and `ess` (see `ratio_diagnostics`). It
     also has
-      * ratio_max: the largest ρ̂ since the row before;
-      * spread: the standard deviation of log ρ̂ at the first update of a batch, mean over batches;
-      * accuracy, writes, seconds (since this call): at the row's update;
-      * noise_std, for B up to 6: the standard deviation of log ρ̂ − log ρ at the row's update;
-      * drift, for B up to 6: the mean of log π_old − log π_base in the row's batch, an estimate of
-        their KL.
+      * `ratio_max`: the largest ρ̂ since the row before;
+      * `spread`: the standard deviation of log ρ̂ at a batch's first update, mean over batches;
+      * `accuracy`, `writes`, `seconds` (since this call): at the row's update;
+      * `noise_std`, for B up to 6: the standard deviation of log ρ̂ − log ρ at the row's update;
+      * `drift`, for B up to 6: the mean of log π_old − log π_base in the row's batch, an estimate
+        of their KL.
     `train` touches no file. Errors: see `one_batch`, `generate`."""
     task, B = TASKS[config.task], config.block_size
     model = copy.deepcopy(base_model)

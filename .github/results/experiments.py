@@ -91,8 +91,8 @@ def spiked(loss):
 
 
 def finite(skip):
-    """GRPO whose gradients seldom overflow: a ratio above e^40 counts as e^40. With skip, an update has
-    the gradient 0 if a bad completion has such a ratio."""
+    """GRPO whose gradients seldom overflow: a ratio above e^40 counts as e^40. With skip, an update
+    has the gradient 0 if a bad completion has such a ratio."""
 
     def loss(log_ratio, advantages, clip_eps, group_size):
         above = (log_ratio - 40).clamp(min=0).detach()

@@ -107,8 +107,8 @@ def rows_with(relation, name, column, other, measure=times_base):
 DECISION = [  # condition, choice; experiment, row and column of its numbers; row among new seeds
     "old and new estimate can use the same masks/GRPO with shared masks/"
     "shared/GRPO/per update/GRPO, shared masks",
-    "rewards are 0 or 1, and less diverse answers are acceptable/completions with A > 0 only, no ratio/"
-    "two_by_two/good ones alone/no ratio/good only",
+    "rewards are 0 or 1, and less diverse answers are acceptable/"
+    "completions with A > 0 only, no ratio/two_by_two/good ones alone/no ratio/good only",
     "each batch is used once or twice/no ratio (REINFORCE)/"
     "two_by_two/all completions/no ratio/no ratio",
     "none of these fits/StableDRL, ε = 1 (try no ratio, too)/"
